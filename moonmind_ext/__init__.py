@@ -1,0 +1,1 @@
+"""Who asks for a pipeline, and what becomes of its result."""

@@ -1,0 +1,1 @@
+"""What runs in an engine: MoonMind's container tasks as Dagger pipelines."""
