@@ -1,0 +1,55 @@
+"""A small HTTP server inside this process, for as long as its owner wants it."""
+
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import anyio
+import uvicorn
+from anyio.abc import TaskStatus
+
+STOP_SECONDS = 2
+"""For requests under way when the server stops. Their senders are being closed
+too, so what is not done by then is waiting for nothing."""
+
+
+@asynccontextmanager
+async def serve(app: object) -> AsyncIterator[int]:
+    """Serve an ASGI application on a free port of the loopback interface.
+
+    Yields
+    ------
+    int
+        The port; it takes connections already.
+    """
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(
+        app,  # type: ignore[arg-type]
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=STOP_SECONDS,
+        timeout_keep_alive=60,
+    )
+    server = _Server(config)
+    with listener:
+        async with anyio.create_task_group() as tasks:
+            await tasks.start(server.run_until_told, listener)
+            try:
+                yield listener.getsockname()[1]
+            finally:
+                server.should_exit = True
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: signals are the command line's."""
+
+    async def run_until_told(
+        self, listener: socket.socket, *, task_status: TaskStatus[None]
+    ) -> None:
+        self._started_by = task_status
+        await self._serve(sockets=[listener])
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        self._started_by.started()

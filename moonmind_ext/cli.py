@@ -1,0 +1,447 @@
+"""The command line, `moonmind-ext`."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+from uuid import uuid4
+
+import typer
+
+from moonmind_ext.engine.choice import EngineChoice
+from moonmind_ext.run.secrets import SecretError, read_env_file, resolve_secrets
+from pipelines.concurrency import task_group
+from pipelines.payload import (
+    DEFAULT_TIMEOUT_SECONDS,
+    TaskContractError,
+    TaskPayload,
+    loads,
+    parse_any,
+    warnings_of,
+)
+from pipelines.plan import (
+    DEFAULT_HELPER_IMAGE,
+    DEFAULT_WORKDIR,
+    Defaults,
+    Plan,
+    plan_task,
+    reproduce_line,
+)
+
+# What runs a task imports Dagger, which takes its time: `--help`, `validate` and
+# `plan` do without, so those imports stand where they are needed.
+if TYPE_CHECKING:
+    import anyio
+    from rich.console import Console
+
+    from moonmind_ext.console import ConsoleObserver
+    from pipelines.report import RunReport
+
+EXIT_USAGE = 2
+EXIT_NO_INPUT = 66
+EXIT_UNAVAILABLE = 69
+EXIT_ENGINE = 75
+EXIT_TIMED_OUT = 124
+EXIT_INTERRUPTED = 130
+"""Those of sysexits.h, timeout(1) and shells."""
+
+app = typer.Typer(
+    help="Run MoonMind container tasks as Dagger pipelines.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+PayloadArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="PAYLOAD",
+        help="A JSON file, or - for standard input: a queue payload, a task, or a container.",
+    ),
+]
+JobIdOption = Annotated[
+    str | None, typer.Option(metavar="ID", help="Name of the run. Default: a new one.")
+]
+EngineOption = Annotated[
+    EngineChoice,
+    typer.Option(
+        help="auto takes the first Dagger engine that answers; embedded needs no Docker "
+        "and pulls no images.",
+    ),
+]
+OpenSecondsOption = Annotated[
+    float,
+    typer.Option(
+        envvar="MOONMIND_ENGINE_OPEN_SECONDS",
+        min=1,
+        help="How long an engine may take to open a session.",
+    ),
+]
+WorkdirOption = Annotated[
+    str,
+    typer.Option(
+        envvar="MOONMIND_WORKDIR",
+        help="The jobs' directory: where the workspace is inside the container.",
+    ),
+]
+TimeoutOption = Annotated[
+    int | None,
+    typer.Option(
+        envvar="MOONMIND_CONTAINER_TIMEOUT_SECONDS",
+        min=1,
+        help="Time limit of a command whose payload names none. Default: 3600.",
+    ),
+]
+
+
+class _ExitError(Exception):
+    """Ends the command with a message for people."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def main() -> None:
+    """Run the command line; the entry point of `moonmind-ext`."""
+    try:
+        app()
+    except _ExitError as end:
+        _say(str(end))
+        sys.exit(end.code)
+
+
+@app.command()
+def run(
+    payload: PayloadArgument,
+    *,
+    workspace: Annotated[
+        Path, typer.Option(metavar="DIR", help="The checkout to run on.")
+    ] = Path(),
+    output: Annotated[
+        Path, typer.Option(metavar="DIR", help="Gets logs/ and the artifacts' directory.")
+    ] = Path("moonmind-output"),
+    engine: EngineOption = EngineChoice.AUTO,
+    job_id: JobIdOption = None,
+    env_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="NAME=VALUE lines: values for the payload's secretEnv."),
+    ] = None,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Events as JSON lines on stdout, run.json's content last."),
+    ] = False,
+    workdir: WorkdirOption = DEFAULT_WORKDIR,
+    timeout_seconds: TimeoutOption = None,
+    engine_open_seconds: OpenSecondsOption = 30,
+) -> None:
+    """Run a container task, and exit as its command did.
+
+    Exit codes of our own: 124 timed out, 130 interrupted, 2 invalid payload or usage,
+    66 workspace unreadable, 69 image unavailable, 75 engine failed.
+    """
+    parsed = _read_payload(payload)
+    defaults = _defaults(workdir, timeout_seconds)
+    made = _plan(parsed, job_id or str(uuid4()), defaults)
+    if not workspace.is_dir():
+        raise _ExitError(EXIT_NO_INPUT, f"workspace {workspace}: is not a directory")
+    if output.resolve() == workspace.resolve():
+        raise _ExitError(EXIT_USAGE, f"output {output}: must not be the workspace itself")
+    _warn_of_payload(parsed)
+    job = _Job(
+        payload=parsed,
+        plan=made,
+        workspace=workspace.resolve(),
+        output=output.resolve(),
+        defaults=defaults,
+        secrets=_secrets(made, env_file),
+    )
+    raise typer.Exit(_run_job(job, engine, engine_open_seconds, as_json=as_json))
+
+
+@app.command()
+def validate(payload: PayloadArgument) -> None:
+    """Print the canonical form of a payload, or everything that is wrong with it."""
+    parsed = _read_payload(payload)
+    _warn_of_payload(parsed)
+    print(json.dumps(parsed.canonical(), indent=2, ensure_ascii=False))
+
+
+@app.command()
+def plan(
+    payload: PayloadArgument,
+    *,
+    job_id: JobIdOption = None,
+    workdir: WorkdirOption = DEFAULT_WORKDIR,
+    timeout_seconds: TimeoutOption = None,
+) -> None:
+    """Print what would be run. Touches no engine."""
+    parsed = _read_payload(payload)
+    _warn_of_payload(parsed)
+    made = _plan(parsed, job_id or "JOB_ID", _defaults(workdir, timeout_seconds))
+    for title, lines in _describe(made):
+        for index, line in enumerate(lines):
+            print(f"{title if index == 0 else '':<12}{line}")
+
+
+@app.command()
+def doctor(engine_open_seconds: OpenSecondsOption = 30) -> None:
+    """Show what this host has for running tasks, and what to do about the rest."""
+    import anyio
+    from rich.table import Table
+
+    from moonmind_ext.doctor import examine
+
+    console = _console(stderr=False)
+    findings = anyio.run(examine, dict(os.environ), engine_open_seconds)
+    table = Table(box=None, pad_edge=False)
+    for column in ("", "what", "found", "to do"):
+        table.add_column(column, overflow="fold")
+    marks = {True: "[green]ok[/]", False: "[red]no[/]", None: "-"}
+    for finding in findings:
+        table.add_row(marks[finding.good], finding.what, finding.found, finding.advice)
+    console.print(table)
+    engines = [f for f in findings if f.what in {"Dagger engine", "embedded engine"}]
+    raise typer.Exit(0 if any(f.good for f in engines) else EXIT_ENGINE)
+
+
+@app.command()
+def demo(
+    *,
+    engine: EngineOption = EngineChoice.AUTO,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Where the result goes.")] = Path(
+        "demo-output"
+    ),
+    engine_open_seconds: OpenSecondsOption = 30,
+) -> None:
+    """Run an example on the best engine there is, and show what it leaves."""
+    example = _example_folder()
+    parsed = _read_payload(str(example / "payload.json"))
+    job = _Job(
+        payload=parsed,
+        plan=_plan(parsed, "demo", Defaults()),
+        workspace=(example / "workspace").resolve(),
+        output=output.resolve(),
+        defaults=Defaults(),
+        secrets={},
+    )
+    choice = _best_engine(engine, engine_open_seconds)
+    code = _run_job(job, choice, engine_open_seconds, as_json=False)
+    for file in sorted(path for path in output.rglob("*") if path.is_file()):
+        print(f"{file}  {file.stat().st_size:,} bytes")
+    raise typer.Exit(code)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """What `run` and `demo` have in common.
+
+    Attributes
+    ----------
+    workspace, output
+        Absolute.
+    secrets
+        Values of the payload's `secretEnv`.
+    """
+
+    payload: TaskPayload
+    plan: Plan
+    workspace: Path
+    output: Path
+    defaults: Defaults
+    secrets: Mapping[str, str]
+
+
+def _run_job(job: _Job, engine: EngineChoice, open_seconds: float, *, as_json: bool) -> int:
+    """Run it, show it, and give the exit code."""
+    import anyio
+
+    from moonmind_ext.console import ConsoleObserver, closing_table
+    from moonmind_ext.engine.session import NoEngineError
+    from moonmind_ext.workspace.send import WorkspaceError
+
+    console = _console(stderr=True)
+    observer = ConsoleObserver(console, as_json=as_json)
+    try:
+        report = anyio.run(_run_on_engine, job, engine, open_seconds, observer, console)
+    except NoEngineError as error:
+        raise _ExitError(EXIT_ENGINE, str(error)) from None
+    except WorkspaceError as error:
+        raise _ExitError(EXIT_NO_INPUT, str(error)) from None
+    if report is None:
+        raise _ExitError(EXIT_INTERRUPTED, "interrupted")
+    observer.report(report)
+    console.print(closing_table(report, job.output, job.plan.artifacts_subdir))
+    return _exit_code(report)
+
+
+async def _run_on_engine(
+    job: _Job,
+    engine: EngineChoice,
+    open_seconds: float,
+    observer: "ConsoleObserver",
+    console: "Console",
+) -> "RunReport | None":
+    """Open a session and run; None when interrupted before there is a report."""
+    import anyio
+
+    from moonmind_ext.engine.session import open_session
+
+    report = None
+    stop = anyio.Event()
+    async with (
+        _stop_on_signals(stop, console),
+        open_session(engine, environment=dict(os.environ), open_seconds=open_seconds) as session,
+    ):
+        # Imports Dagger, which the session has brought by now.
+        from moonmind_ext.run.task import OutputError, RunRequest, run_task
+
+        request = RunRequest(
+            payload=job.payload,
+            job_id=job.plan.job_id,
+            workspace=job.workspace,
+            output=job.output,
+            defaults=job.defaults,
+            secrets=job.secrets,
+            helper_image=os.environ.get("MOONMIND_HELPER_IMAGE") or DEFAULT_HELPER_IMAGE,
+        )
+        try:
+            report = await run_task(session, request, observer, stop=stop)
+        except OutputError as error:
+            raise _ExitError(EXIT_USAGE, str(error)) from None
+    return report
+
+
+@asynccontextmanager
+async def _stop_on_signals(stop: "anyio.Event", console: "Console") -> AsyncIterator[None]:
+    """Turn the first Ctrl-C or SIGTERM into a stop, and the second into an end at once."""
+    import anyio
+
+    async def watch(scope: anyio.CancelScope) -> None:
+        with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            async for _ in signals:
+                if stop.is_set():
+                    scope.cancel()
+                else:
+                    console.print("stopping the task; once more to end at once", style="yellow")
+                    stop.set()
+
+    async with task_group() as tasks:
+        tasks.start_soon(watch, tasks.cancel_scope)
+        yield
+        tasks.cancel_scope.cancel()
+
+
+def _exit_code(report: "RunReport") -> int:
+    from pipelines.report import Outcome
+
+    match report.outcome:
+        case Outcome.TIMED_OUT:
+            return EXIT_TIMED_OUT
+        case Outcome.CANCELLED:
+            return EXIT_INTERRUPTED
+        case Outcome.IMAGE_UNAVAILABLE:
+            return EXIT_UNAVAILABLE
+        case Outcome.ENGINE_FAILED:
+            return EXIT_ENGINE
+        case _:
+            return report.exit_code or 0
+
+
+def _read_payload(argument: str) -> TaskPayload:
+    try:
+        data = sys.stdin.buffer.read() if argument == "-" else Path(argument).read_bytes()
+    except OSError as error:
+        raise _ExitError(EXIT_USAGE, f"payload {argument}: {error.strerror}") from None
+    try:
+        return parse_any(loads(data))
+    except TaskContractError as error:
+        problems = "\n".join(f"  - {problem.message}" for problem in error.problems)
+        raise _ExitError(EXIT_USAGE, f"the payload is not valid:\n{problems}") from None
+
+
+def _plan(payload: TaskPayload, job_id: str, defaults: Defaults) -> Plan:
+    try:
+        return plan_task(payload, job_id=job_id, defaults=defaults)
+    except ValueError as error:
+        raise _ExitError(EXIT_USAGE, str(error)) from None
+
+
+def _defaults(workdir: str, timeout_seconds: int | None) -> Defaults:
+    if not workdir.startswith("/"):
+        raise _ExitError(EXIT_USAGE, f"workdir {workdir}: must be an absolute path")
+    return Defaults(workdir=workdir, timeout_seconds=timeout_seconds or DEFAULT_TIMEOUT_SECONDS)
+
+
+def _secrets(plan: Plan, env_file: Path | None) -> dict[str, str]:
+    try:
+        given = read_env_file(env_file) if env_file else {}
+        return resolve_secrets(plan.secret_env, environment=os.environ, given=given)
+    except SecretError as error:
+        raise _ExitError(EXIT_USAGE, str(error)) from None
+
+
+def _describe(plan: Plan) -> Iterator[tuple[str, list[str]]]:
+    """Give a plan as titles and lines; of the environment only the names."""
+    yield "image", [f"{plan.image} (pull: {plan.pull})"]
+    yield "command", [plan.command_summary]
+    yield "workdir", [plan.workdir]
+    mounts = [f"{plan.repo_dir} <- the workspace", f"{plan.artifact_dir} -> the artifacts"]
+    mounts += [f"{cache.target} <- cache volume {cache.name}" for cache in plan.cache_volumes]
+    yield "mounts", mounts
+    yield "env", sorted([*plan.env, *plan.secret_values])
+    if plan.secret_env:
+        yield "secrets", [f"{name} from {text}" for name, text in plan.secret_env.items()]
+    yield "limits", [f"{plan.timeout_seconds} s, then SIGTERM, {plan.grace_seconds} s, SIGKILL"]
+    yield "cache", [plan.cache.value]
+    yield "write back", ["changes" if plan.write_back else "none"]
+    yield "reproduce", [reproduce_line(plan, image=plan.image)]
+
+
+def _example_folder() -> Path:
+    here = Path(__file__).parent
+    for folder in (here / "examples", here.parent / "examples"):
+        if (folder / "python" / "payload.json").is_file():
+            return folder / "python"
+    raise _ExitError(EXIT_NO_INPUT, "the examples are not installed; run the demo from a checkout")
+
+
+async def _answers(open_seconds: float) -> bool:
+    from moonmind_ext.engine.session import NoEngineError, open_session
+
+    try:
+        async with open_session(environment=dict(os.environ), open_seconds=open_seconds):
+            return True
+    except NoEngineError:
+        return False
+
+
+def _best_engine(choice: EngineChoice, open_seconds: float) -> EngineChoice:
+    """Fall back to the embedded engine, which only the demo does."""
+    import anyio
+
+    if choice is not EngineChoice.AUTO or anyio.run(_answers, open_seconds):
+        return choice
+    _say("no Dagger engine answers: the demo takes the embedded one")
+    return EngineChoice.EMBEDDED
+
+
+def _console(*, stderr: bool) -> "Console":
+    from rich.console import Console
+
+    return Console(stderr=stderr, soft_wrap=True)
+
+
+def _warn_of_payload(payload: TaskPayload) -> None:
+    for warning in warnings_of(payload):
+        _say(f"warning: {warning}")
+
+
+def _say(message: str) -> None:
+    print(f"moonmind-ext: {message}", file=sys.stderr)

@@ -1,0 +1,118 @@
+"""What a person, or a program, sees of a run."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+from rich.markup import escape
+from rich.status import Status
+from rich.table import Table
+
+from moonmind_ext.run.events import LOG, Event, Phase
+from pipelines.report import Outcome, RunReport
+
+_DOING = {
+    Phase.WORKSPACE: "sending the workspace",
+    Phase.IMAGE: "getting the image",
+    Phase.EXECUTE: "running the command",
+    Phase.EXPORT: "bringing the results back",
+}
+
+
+class ConsoleObserver:
+    """Shows the command's output on stdout and the run's progress on stderr.
+
+    Parameters
+    ----------
+    console
+        On stderr. On a terminal it shows a spinner while there is nothing to read.
+    as_json
+        Stdout gets every event as a line of JSON, instead of the output.
+    """
+
+    def __init__(self, console: Console, *, as_json: bool) -> None:
+        self._console = console
+        self._as_json = as_json
+        self._stdout: TextIO | None = sys.stdout
+        self._running: list[Phase] = []
+        self._status: Status | None = None
+
+    def event(self, event: Event) -> None:
+        """Take an event."""
+        if self._as_json:
+            self._print(json.dumps(event.to_dict(), ensure_ascii=False) + "\n")
+        elif event.message == LOG:
+            self._print(event.payload["text"])
+
+    def report(self, report: RunReport) -> None:
+        """End a stream of JSON with the content of `run.json`."""
+        if self._as_json:
+            self._print(report.model_dump_json(by_alias=True) + "\n")
+
+    def phase_started(self, phase: Phase) -> None:
+        """Note that a phase begins."""
+        self._running.append(phase)
+        if not self._console.is_terminal:
+            self._console.print(f"{_DOING[phase]} ...")
+        self._spin()
+
+    def phase_finished(self, phase: Phase, seconds: float) -> None:
+        """Note that a phase came to its end."""
+        self._running.remove(phase)
+        self._spin()
+        self._console.print(f"{_DOING[phase]}: {seconds:.2f} s", style="dim", highlight=False)
+
+    def _spin(self) -> None:
+        """Show what is going on, except where the command's own output would be torn."""
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+        if self._running and Phase.EXECUTE not in self._running and self._console.is_terminal:
+            text = " and ".join(_DOING[phase] for phase in self._running)
+            self._status = self._console.status(text)
+            self._status.start()
+
+    def _print(self, text: str) -> None:
+        if self._stdout is None:
+            return
+        try:
+            self._stdout.write(text)
+            self._stdout.flush()
+        except BrokenPipeError:
+            # `… | head` has seen enough; the run goes on.
+            self._stdout = None
+
+
+def closing_table(report: RunReport, output: Path, artifacts_subdir: str) -> Table:
+    """Say in a few lines how a run ended and where its files are."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    style = "green" if report.outcome is Outcome.SUCCEEDED else "bold red"
+    table.add_row("outcome", f"[{style}]{report.outcome}[/]")
+    if report.exit_code is not None:
+        table.add_row("exit code", str(report.exit_code))
+    if report.error:
+        table.add_row("error", escape(report.error))
+    table.add_row("time", f"{report.duration_seconds:.2f} s{' (from the cache)' * report.cached}")
+    table.add_row("engine", f"{report.engine.kind} {report.engine.version}")
+    folder = output / artifacts_subdir
+    size = sum(file.bytes for file in report.artifacts.files)
+    table.add_row("artifacts", f"{len(report.artifacts.files)} ({size:,} bytes) in {folder}")
+    table.add_row("log", str(folder / "logs" / "runner.log"))
+    table.add_row("report", str(folder / "metadata" / "run.json"))
+    back = report.workspace.written_back if report.workspace else None
+    if back is not None:
+        counts = (
+            f"{len(back.added)} added, {len(back.modified)} changed, {len(back.removed)} removed"
+        )
+        table.add_row("workspace", counts)
+        for path, reason in back.refused.items():
+            table.add_row("refused", escape(f"{path} {reason}"))
+    for path, reason in report.artifacts.refused.items():
+        table.add_row("refused", escape(f"{path} {reason}"))
+    for warning in report.warnings:
+        table.add_row("[yellow]warning[/]", escape(warning))
+    return table

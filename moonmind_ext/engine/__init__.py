@@ -1,0 +1,1 @@
+"""Sessions with an engine. Imports nothing, so that the command line starts fast."""

@@ -1,0 +1,288 @@
+"""Sessions with an engine: choose one, open it, check it, close it."""
+
+import shutil
+import subprocess
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import anyio
+import anyio.to_thread
+
+from moonmind_ext.engine.choice import EngineChoice
+from moonmind_ext.engine.cli_session import SessionAddress, SessionStartError, cli_session
+from moonmind_ext.engine.live import LiveLogs, receive_live_logs
+
+if TYPE_CHECKING:
+    import dagger
+
+DEFAULT_OPEN_SECONDS = 30.0
+"""From nothing to an answered query. An engine that runs takes half a second, one
+whose container Docker has to start some seconds more; pulling its image the first
+time is `doctor`'s business, or a longer setting's."""
+
+CHECK_SECONDS = 10
+"""For one small query. A busy engine answers in well under a second."""
+
+DOCKER_SECONDS = 5
+"""For Docker to say that it is there."""
+
+
+class NoEngineError(Exception):
+    """No engine could be had; the message lists what was tried and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSession:
+    """A session with an engine that has answered.
+
+    Attributes
+    ----------
+    kind
+        `dagger` for a real engine.
+    version
+        As the engine says it.
+    how
+        How it was found, for people.
+    client
+        Isolated; never repeats a query.
+    live
+        What commands print while they run; None where the session was started by
+        somebody else, who has asked for no records in our name.
+    """
+
+    kind: Literal["dagger", "embedded"]
+    version: str
+    how: str
+    client: "dagger.Client"
+    live: LiveLogs | None
+
+    async def check(self) -> None:
+        """Ask the engine something, through the whole way.
+
+        Raises
+        ------
+        TimeoutError
+            After `CHECK_SECONDS`.
+        Exception
+            Whatever the SDK raises: the session is of no use any more.
+        """
+        with anyio.fail_after(CHECK_SECONDS):
+            await self.client.version()
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way to a real engine.
+
+    Attributes
+    ----------
+    how
+        For people.
+    attached
+        An address that somebody else's session serves.
+    cli
+        The `dagger` command to start a session with; None for the SDK's download.
+    needs_docker
+        Whether that command will look for an engine in Docker.
+    """
+
+    how: str
+    attached: SessionAddress | None = None
+    cli: str | None = None
+    needs_docker: bool = False
+
+
+def ways(environment: Mapping[str, str]) -> list[Way]:
+    """List the ways to a real engine that an environment opens, in their order.
+
+    Raises
+    ------
+    NoEngineError
+        When a variable that names one is broken.
+    """
+    found: list[Way] = []
+    if port := environment.get("DAGGER_SESSION_PORT"):
+        token = environment.get("DAGGER_SESSION_TOKEN", "")
+        if not port.isdecimal() or not token:
+            raise NoEngineError(
+                "DAGGER_SESSION_PORT is set: it must be a number, with DAGGER_SESSION_TOKEN "
+                "beside it. `dagger run` sets both; unset them to have a session of your own."
+            )
+        address = SessionAddress(int(port), token)
+        found.append(Way(f"the attached session on port {port}", attached=address))
+    cli = environment.get("_EXPERIMENTAL_DAGGER_CLI_BIN") or shutil.which(
+        "dagger", path=environment.get("PATH")
+    )
+    if host := environment.get("_EXPERIMENTAL_DAGGER_RUNNER_HOST"):
+        found.append(Way(f"the runner host {host}", cli=cli))
+    elif cli:
+        found.append(Way(f"{cli} with Docker", cli=cli, needs_docker=True))
+    else:
+        found.append(Way("the SDK's own download with Docker", needs_docker=True))
+    return found
+
+
+@asynccontextmanager
+async def open_session(
+    choice: EngineChoice = EngineChoice.AUTO,
+    *,
+    environment: Mapping[str, str],
+    open_seconds: float = DEFAULT_OPEN_SECONDS,
+) -> AsyncIterator[EngineSession]:
+    """Open a session with the first engine that answers.
+
+    `auto` never means the embedded engine: that is asked for by name.
+
+    Parameters
+    ----------
+    environment
+        The variables that name an engine; also what `dagger session` gets.
+    open_seconds
+        For each way, from nothing to an answered query.
+
+    Raises
+    ------
+    NoEngineError
+        When none answers.
+    """
+    async with AsyncExitStack() as stack:
+        if choice is EngineChoice.EMBEDDED:
+            yield await _open_embedded(stack, open_seconds)
+            return
+        tried: list[str] = []
+        for way in ways(environment):
+            attempt = AsyncExitStack()
+            try:
+                session = await _open(attempt, way, environment, open_seconds)
+            except _NoAnswerError as error:
+                await attempt.aclose()
+                tried.append(f"  - {way.how}: {error}")
+                continue
+            await stack.enter_async_context(attempt)
+            yield session
+            return
+        raise NoEngineError(
+            "no Dagger engine could be reached. Tried:\n" + "\n".join(tried) + "\n"
+            "Start Docker, or name an engine in _EXPERIMENTAL_DAGGER_RUNNER_HOST "
+            "(unix:///path/to/engine.sock or tcp://host:port), or take the embedded "
+            "engine with --engine embedded. `moonmind-ext doctor` shows more."
+        )
+
+
+class _NoAnswerError(Exception):
+    """One way leads to no engine; the message says why."""
+
+
+async def _open(
+    stack: AsyncExitStack, way: Way, environment: Mapping[str, str], seconds: float
+) -> EngineSession:
+    if way.needs_docker and (problem := await docker_problem(environment)):
+        raise _NoAnswerError(problem)
+    ends = anyio.current_time() + seconds
+    live = None
+    address = way.attached
+    if address is None:
+        live = await stack.enter_async_context(receive_live_logs())
+        try:
+            with anyio.fail_after(seconds):
+                cli = way.cli or await _download_cli()
+            address = await stack.enter_async_context(
+                cli_session(
+                    cli,
+                    environment=_session_environment(environment, live),
+                    deadline=ends - anyio.current_time(),
+                )
+            )
+        except SessionStartError as error:
+            raise _NoAnswerError(str(error)) from error
+        except TimeoutError:
+            raise _NoAnswerError(f"no dagger command within {seconds:g}s") from None
+    client, version = await _connect(stack, address, ends - anyio.current_time())
+    return EngineSession("dagger", version, way.how, client, live)
+
+
+async def _open_embedded(stack: AsyncExitStack, seconds: float) -> EngineSession:
+    from moonmind_ext.embedded import sandbox_problem, serve
+
+    if problem := await anyio.to_thread.run_sync(sandbox_problem):
+        raise NoEngineError(f"the embedded engine cannot run here: {problem}")
+    live = await stack.enter_async_context(receive_live_logs())
+    engine = await stack.enter_async_context(serve(logs_endpoint=live.endpoint))
+    try:
+        address = SessionAddress(engine.port, engine.token)
+        client, _ = await _connect(stack, address, seconds)
+    except _NoAnswerError as error:
+        raise NoEngineError(f"the embedded engine does not answer: {error}") from error
+    return EngineSession("embedded", engine.version, "the embedded engine", client, live)
+
+
+async def _connect(
+    stack: AsyncExitStack, address: SessionAddress, seconds: float
+) -> "tuple[dagger.Client, str]":
+    """Connect the SDK to a session and ask for the engine's version."""
+    # 0.9 s of import; meanwhile the loop goes on reading what the session says.
+    await anyio.to_thread.run_sync(_import_dagger)
+    import dagger
+    from dagger.client._config import ConnectConfig
+    from dagger.client._session import ConnectParams, SingleConnection
+
+    params = ConnectParams(port=address.port, session_token=address.token)
+    # No retry: a query whose transport failed may have started the command already.
+    config = ConnectConfig(timeout=dagger.Timeout(None, connect=CHECK_SECONDS), retry=None)
+    connection = SingleConnection(params, config)
+    try:
+        with anyio.fail_after(seconds):
+            await connection.connect()
+            stack.push_async_callback(connection.close)
+            client = dagger.Client.from_connection(connection)
+            return client, await client.version()
+    except TimeoutError:
+        raise _NoAnswerError(f"no answer within {seconds:.0f}s") from None
+    except (dagger.DaggerError, OSError) as error:
+        raise _NoAnswerError(str(error)) from error
+
+
+def _import_dagger() -> None:
+    import dagger  # noqa: F401
+
+
+async def _download_cli() -> str:
+    from dagger.provisioning._download import Downloader
+
+    return str(await Downloader())
+
+
+async def docker_problem(environment: Mapping[str, str]) -> str | None:
+    """Say why Docker cannot be used; None where it can."""
+    docker = shutil.which("docker", path=environment.get("PATH"))
+    if docker is None:
+        return "there is no docker command on PATH"
+    command = [docker, "version", "--format", "{{.Server.Version}}"]
+    try:
+        with anyio.fail_after(DOCKER_SECONDS):
+            result = await anyio.run_process(
+                command, check=False, env=environment, stdin=subprocess.DEVNULL
+            )
+    except TimeoutError:
+        return f"Docker gave no answer within {DOCKER_SECONDS}s"
+    if result.returncode:
+        lines = result.stderr.decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "docker version failed"
+    return None
+
+
+def _session_environment(environment: Mapping[str, str], live: LiveLogs) -> dict[str, str]:
+    return {
+        **environment,
+        "OTEL_EXPORTER_OTLP_LOGS_ENDPOINT": live.endpoint,
+        "OTEL_EXPORTER_OTLP_LOGS_PROTOCOL": "http/protobuf",
+        "OTEL_EXPORTER_OTLP_TRACES_LIVE": "1",
+        # Another version's engine on this host may be running somebody's task.
+        "DAGGER_LEAVE_OLD_ENGINE": "1",
+        "DAGGER_NO_NAG": "1",
+        "DO_NOT_TRACK": "1",
+        # Keeps the telemetry of a long session out of its memory.
+        "DAGGER_SILENT": "1",
+    }

@@ -1,0 +1,442 @@
+"""One run: what the pipeline decided becomes events and files on disk."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import dagger
+
+from moonmind_ext.engine.live import traced
+from moonmind_ext.engine.registry import current_reference
+from moonmind_ext.engine.session import EngineSession
+from moonmind_ext.run.events import FINISHED, STARTED, Event, Level, Observer, Phase, Stopwatch
+from moonmind_ext.run.export import Exporter, Results
+from moonmind_ext.run.log import DEFAULT_LOG_LIMIT_BYTES, LiveOutput, last_line
+from moonmind_ext.run.stage_log import StageLog
+from moonmind_ext.workspace.send import Size, send_workspace
+from moonmind_ext.workspace.source import read_source
+from pipelines.concurrency import task_group, together
+from pipelines.container_task import (
+    Execution,
+    Image,
+    engine_failures,
+    request_stop,
+    resolve_image,
+    run_command,
+    secret_of,
+)
+from pipelines.masking import MIN_SECRET_LENGTH, Masker, too_short
+from pipelines.payload import PullMode, TaskPayload, publishable, warnings_of
+from pipelines.plan import DEFAULT_HELPER_IMAGE, Defaults, Plan, plan_task, reproduce_line
+from pipelines.report import (
+    TIMED_OUT_EXIT_CODE,
+    EngineFailedError,
+    EngineInfo,
+    Outcome,
+    RunFailedError,
+    RunReport,
+    Source,
+    Timings,
+    WorkspaceInfo,
+    failure_message,
+)
+
+STOP_MARGIN_SECONDS = 15
+"""Above the grace period, for a stopped command's container to answer: the stop
+itself is a query, and the supervisor looks for it ten times a second."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRequest:
+    """What to run, on what, and where its result goes.
+
+    Attributes
+    ----------
+    payload
+        With an enabled container.
+    workspace
+        Absolute; becomes the repository directory in the container.
+    output
+        Absolute; gets `logs/` and `<artifactsSubdir>/`.
+    secrets
+        The values of the payload's `secretEnv`, by name.
+    log_limit_bytes
+        Of `runner.log`; above it, head and tail are kept.
+    helper_image
+        Lends its busybox to images without a shell.
+    """
+
+    payload: TaskPayload
+    job_id: str
+    workspace: Path
+    output: Path
+    defaults: Defaults = field(default_factory=Defaults)
+    secrets: Mapping[str, str] = field(default_factory=dict)
+    log_limit_bytes: int = DEFAULT_LOG_LIMIT_BYTES
+    helper_image: str = DEFAULT_HELPER_IMAGE
+
+
+class OutputError(Exception):
+    """The output directory cannot be used; the message says why."""
+
+
+async def run_task(
+    session: EngineSession,
+    request: RunRequest,
+    observer: Observer,
+    *,
+    stop: anyio.Event | None = None,
+) -> RunReport:
+    """Run a container task.
+
+    When this returns the result is complete on disk, also after a failure of the
+    engine.
+
+    Parameters
+    ----------
+    observer
+        Told of every event and phase.
+    stop
+        When set, the command is stopped (SIGTERM, its grace period, SIGKILL), and
+        what it left comes back.
+
+    Returns
+    -------
+    RunReport
+        The content of `run.json`.
+
+    Raises
+    ------
+    OutputError
+        When the output directory holds something that no run has left.
+    WorkspaceError
+        When the workspace cannot be read.
+    ValueError
+        When the payload has no enabled container, or the job id is no name.
+    """
+    with traced() as trace_id:
+        run = _Run(session, request, observer, stop or anyio.Event(), trace_id)
+        return await run.run()
+
+
+@dataclass(slots=True)
+class _Progress:
+    """How far a run has come."""
+
+    size: Size | None = None
+    image: Image | None = None
+    execution: Execution | None = None
+    results: Results = field(default_factory=Results)
+    failure: RunFailedError | None = None
+
+
+class _Run:
+    """One run while it happens."""
+
+    def __init__(
+        self,
+        session: EngineSession,
+        request: RunRequest,
+        observer: Observer,
+        stop: anyio.Event,
+        trace_id: str,
+    ) -> None:
+        self.session = session
+        self.request = request
+        self.observer = observer
+        self.stop = stop
+        self.trace_id = trace_id
+        self.plan = plan_task(request.payload, job_id=request.job_id, defaults=request.defaults)
+        self.hidden = {**self.plan.secret_values, **request.secrets}
+        self.masker = Masker(self.hidden.values())
+        self.watch = Stopwatch(observer)
+        self.progress = _Progress()
+
+    async def run(self) -> RunReport:
+        """Go through the run from its first event to its last file."""
+        output, target = self.request.output, self.request.output / self.plan.artifacts_subdir
+        _check_target(target)
+        output.mkdir(parents=True, exist_ok=True)
+        with StageLog(output / "logs" / "execute.log", self.masker) as stage_log:
+            self.say = stage_log.line
+            self._emit(STARTED, self._started())
+            source = await read_source(self.request.workspace, self.plan.repository)
+            began = datetime.now(UTC)
+            # On the file system of the output, so that moving into place is one step.
+            with tempfile.TemporaryDirectory(prefix=".moonmind-", dir=output) as folder:
+                staging = Path(folder)
+                with self._failures():
+                    await self._phases(staging)
+                report = self._report(source, began, staging / "artifacts")
+                self._write_metadata(staging / "artifacts" / "metadata", report)
+                _replace(staging / "artifacts", target, staging / "earlier")
+            level = Level.INFO if report.outcome is Outcome.SUCCEEDED else Level.ERROR
+            self._emit(FINISHED, _finished(report, self.plan), level)
+            self.say(
+                f"{report.outcome}: exit code {report.exit_code}, {report.error or 'no error'}"
+            )
+        return report
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        """Keep what ended the phases; the run itself goes on to its report."""
+        try:
+            yield
+        except RunFailedError as error:
+            self.progress.failure = error
+        except OSError as error:
+            # A full disk, mostly. The task has no part in it.
+            self.progress.failure = EngineFailedError(
+                f"{error.filename or 'output'}: {error.strerror or error}"
+            )
+
+    async def _phases(self, staging: Path) -> None:
+        ready = await self._prepare()
+        if ready is None:
+            return
+        before, image = ready
+        with self._phase(Phase.EXECUTE):
+            execution = await self._execute(before, image)
+        self.progress.execution = execution
+        if execution is None:
+            return
+        exporter = Exporter(
+            client=self.session.client,
+            plan=self.plan,
+            image=image,
+            before=before,
+            workspace=self.request.workspace,
+            masker=self.masker,
+            log_limit_bytes=self.request.log_limit_bytes,
+        )
+        with self._phase(Phase.EXPORT):
+            artifacts = staging / "artifacts"
+            self.progress.results = await exporter.export(execution, artifacts, staging)
+        if self.session.live is None:
+            live = LiveOutput(Masker(), self.observer.event)
+            live.feed((artifacts / "logs" / "runner.log").read_text("utf-8", "replace"))
+            live.finish()
+
+    async def _prepare(self) -> tuple[dagger.Directory, Image] | None:
+        """Send the workspace and bring the image; None when stopped meanwhile."""
+        ready = None
+        async with task_group() as tasks:
+            tasks.start_soon(self._cancel_on_stop, tasks.cancel_scope)
+            ready = await together(self._send(), self._resolve())
+            tasks.cancel_scope.cancel()
+        return ready
+
+    async def _cancel_on_stop(self, scope: anyio.CancelScope) -> None:
+        await self.stop.wait()
+        self.say("stopped before the command began")
+        scope.cancel()
+
+    async def _send(self) -> dagger.Directory:
+        with self._phase(Phase.WORKSPACE), engine_failures("sending the workspace"):
+            directory, self.progress.size = await send_workspace(
+                self.session.client, self.request.workspace, self.plan.workspace
+            )
+            return directory
+
+    async def _resolve(self) -> Image:
+        with self._phase(Phase.IMAGE):
+            reference = self.plan.image
+            if self.plan.pull is PullMode.ALWAYS and self.session.kind == "dagger":
+                reference = await anyio.to_thread.run_sync(current_reference, reference)
+            image = await resolve_image(
+                self.session.client, reference, helper_image=self.request.helper_image
+            )
+            self.progress.image = image
+            return image
+
+    async def _execute(self, before: dagger.Directory, image: Image) -> Execution | None:
+        """Run the command; None when it was to stop and gave no answer."""
+        client = self.session.client
+        secrets = {
+            name: secret_of(client, self.plan, name, value)
+            for name, value in self.request.secrets.items()
+        }
+        execution = None
+        async with task_group() as tasks:
+            tasks.start_soon(self._stop_command, image, tasks.cancel_scope)
+            live = LiveOutput(self.masker, self.observer.event)
+            if self.session.live is None:
+                execution = await run_command(client, self.plan, image, before, secrets)
+            else:
+                with self.session.live.follow(self.trace_id, live.feed):
+                    execution = await run_command(client, self.plan, image, before, secrets)
+                    await live.settle(execution.log_bytes)
+            tasks.cancel_scope.cancel()
+        return execution
+
+    async def _stop_command(self, image: Image, scope: anyio.CancelScope) -> None:
+        """Wait for the stop, pass it on, and end the query if nothing comes of it."""
+        await self.stop.wait()
+        self.say("stopping the command")
+        try:
+            with anyio.fail_after(self.plan.grace_seconds + STOP_MARGIN_SECONDS), traced():
+                await request_stop(self.session.client, self.plan, image)
+                await anyio.sleep_forever()
+        except (RunFailedError, TimeoutError):
+            self.say("the command did not stop; its container is killed and its files are lost")
+            scope.cancel()
+
+    @contextmanager
+    def _phase(self, phase: Phase) -> Iterator[None]:
+        self.say(f"{phase}: started")
+        with self.watch.phase(phase):
+            yield
+        self.say(f"{phase}: {self.watch.seconds[phase.value]:.3f}s")
+
+    def _emit(self, message: str, payload: dict[str, Any], level: Level = Level.INFO) -> None:
+        self.observer.event(Event(message, payload, level))
+
+    def _started(self) -> dict[str, Any]:
+        plan = self.plan
+        self.say(
+            f"job {plan.job_id}: {plan.image}, {plan.command_summary!r}, "
+            f"at most {plan.timeout_seconds}s, in {plan.workdir}, "
+            f"on {self.session.how} ({self.session.version})"
+        )
+        return {
+            "image": plan.image,
+            "command": self.masker.mask(plan.command_summary),
+            "pullMode": plan.pull.value,
+            "timeoutSeconds": plan.timeout_seconds,
+        }
+
+    def _report(self, source: Source, began: datetime, artifacts: Path) -> RunReport:
+        plan, progress, mask = self.plan, self.progress, self.masker.mask
+        execution, failure, results = progress.execution, progress.failure, progress.results
+        outcome = _outcome(execution, failure)
+        exit_code = execution.exit_code if execution else None
+        ended = datetime.now(UTC)
+        error = str(failure) if failure else None
+        if failure is None:
+            log = artifacts / "logs" / "runner.log"
+            error = failure_message(
+                outcome,
+                exit_code=exit_code,
+                timeout_seconds=plan.timeout_seconds,
+                last_line=last_line(log) if log.exists() else "",
+            )
+        reference = progress.image.reference if progress.image else plan.image
+        _, _, digest = reference.partition("@")
+        size = progress.size
+        return RunReport(
+            job_id=plan.job_id,
+            repository=plan.repository,
+            container_name=plan.container_name,
+            image=plan.image,
+            command=[mask(token) for token in plan.command],
+            command_summary=mask(plan.command_summary),
+            pull_mode=plan.pull.value,
+            workdir=plan.workdir,
+            artifact_dir=plan.artifact_dir,
+            timeout_seconds=plan.timeout_seconds,
+            timed_out=outcome is Outcome.TIMED_OUT,
+            exit_code=TIMED_OUT_EXIT_CODE if outcome is Outcome.TIMED_OUT else exit_code,
+            started_at=execution.started_at if execution else began,
+            finished_at=ended,
+            duration_seconds=execution.seconds
+            if execution
+            else round((ended - began).total_seconds(), 3),
+            error=mask(error) if error else None,
+            outcome=outcome,
+            retryable=failure is not None and failure.retryable and plan.retryable,
+            engine=EngineInfo(kind=self.session.kind, version=self.session.version),
+            image_digest=digest or None,
+            cached=execution is not None and execution.cached,
+            timings=Timings(**self.watch.seconds),
+            workspace=WorkspaceInfo(
+                files=size.files if size else None,
+                bytes=size.bytes if size else None,
+                uploaded_bytes=size.bytes if size else None,
+                written_back=results.written_back,
+            ),
+            source=source,
+            warnings=[mask(text) for text in self._warnings()],
+            artifacts=results.artifacts,
+            log=results.log,
+            trace_id=self.trace_id,
+            reproduce=mask(reproduce_line(plan, image=reference)),
+        )
+
+    def _warnings(self) -> Iterator[str]:
+        yield from warnings_of(self.request.payload)
+        yield from self.progress.results.warnings
+        for name, value in self.hidden.items():
+            if too_short(value):
+                yield (
+                    f"the value of {name} is not masked: it has fewer than "
+                    f"{MIN_SECRET_LENGTH} characters"
+                )
+        if self.plan.resources is not None:
+            yield (
+                "task.container.resources is not enforced: this engine has no limits for CPU and "
+                "memory. The command finds the values in MOONMIND_CPUS and MOONMIND_MEMORY"
+            )
+        if self.session.kind == "embedded":
+            yield (
+                f"the embedded engine pulls no images: in the place of {self.plan.image} the "
+                "command ran on this host's own root"
+            )
+        if self.session.live is None:
+            yield "no live output: the engine's session was started by somebody else"
+
+    def _write_metadata(self, folder: Path, report: RunReport) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        payload = json.dumps(publishable(self.request.payload), indent=2, ensure_ascii=False)
+        (folder / "payload.json").write_text(self.masker.mask(payload) + "\n", "utf-8", "replace")
+        (folder / "run.json").write_text(report.to_json(), "utf-8")
+
+
+def _outcome(execution: Execution | None, failure: RunFailedError | None) -> Outcome:
+    if failure is not None:
+        return failure.outcome
+    if execution is None or execution.ended == "cancelled":
+        return Outcome.CANCELLED
+    if execution.ended == "timed-out":
+        return Outcome.TIMED_OUT
+    return Outcome.SUCCEEDED if execution.exit_code == 0 else Outcome.COMMAND_FAILED
+
+
+def _finished(report: RunReport, plan: Plan) -> dict[str, Any]:
+    return {
+        "containerName": report.container_name,
+        "image": report.image,
+        "command": report.command_summary,
+        "timedOut": report.timed_out,
+        "exitCode": report.exit_code,
+        "durationSeconds": report.duration_seconds,
+        "artifactsSubdir": plan.artifacts_subdir,
+        "outcome": report.outcome.value,
+    }
+
+
+def _check_target(target: Path) -> None:
+    """Refuse to replace what no run has left."""
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise OutputError(f"{target}: must be a directory")
+    if target.is_dir() and any(target.iterdir()) and not (target / "metadata/run.json").exists():
+        raise OutputError(
+            f"{target}: is not empty and was not left by an earlier run; choose another output "
+            "directory, or move it away"
+        )
+
+
+def _replace(source: Path, target: Path, earlier: Path) -> None:
+    """Move a directory into place; what an earlier run left there is removed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        target.rename(earlier)
+        shutil.rmtree(earlier)
+    source.rename(target)

@@ -1,0 +1,1 @@
+"""Sending a workspace into an engine, and bringing its changes back."""

@@ -1,0 +1,399 @@
+"""A plan and a workspace become a Dagger pipeline, and what it leaves a result.
+
+The client is always an argument: in a module it is `dagger.dag`, in the worker
+and on the command line an isolated client.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import resources
+from typing import Any, Literal
+from uuid import uuid4
+
+import anyio
+import dagger
+import httpx
+from gql.transport.exceptions import TransportError
+
+from pipelines.concurrency import together
+from pipelines.payload import CacheMode
+from pipelines.plan import DEFAULT_HELPER_IMAGE, Plan, split_env
+from pipelines.report import EngineFailedError, ImageUnavailableError
+
+BACKSTOP_MARGIN_SECONDS = 120
+"""Above time limit and grace. The supervisor keeps the limit; a query that takes
+longer than this means that the engine is stuck, busy with 100 other tasks or not."""
+
+MAX_CACHED_FAILURES = 16
+"""How many failures of the same task are skipped in search of a success to reuse.
+Each costs one cached query, 20 ms; after them the task simply runs."""
+
+_HOME = "/.moonmind"
+_OUT = f"{_HOME}/out"
+_LOG = f"{_OUT}/log"
+_CONTROL = f"{_HOME}/control"
+_SUPERVISOR = f"{_HOME}/supervisor.sh"
+_BUSYBOX = f"{_HOME}/busybox"
+
+# What registries and the engine say of an image that is not there, or not for us.
+# Everything else on the way to an image (DNS, time-outs, 5xx) may pass.
+_UNAVAILABLE = (
+    "not found",
+    "manifest unknown",
+    "name unknown",
+    "pull access denied",
+    "insufficient_scope",
+    "unauthorized",
+    "403 forbidden",
+    "invalid reference",
+    "no match for platform",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """An image that is present in the engine.
+
+    Attributes
+    ----------
+    container
+        A container of it in which nothing has run.
+    reference
+        With its digest where the engine gives one.
+    user
+        Who its commands run as; empty for root.
+    entrypoint
+        What is put before a command.
+    shell
+        How a POSIX shell is started in `container`.
+    """
+
+    container: dagger.Container
+    reference: str
+    user: str
+    entrypoint: tuple[str, ...]
+    shell: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """What the engine has of a command that ran.
+
+    Attributes
+    ----------
+    exit_code
+        The command's own; 128+n for a signal.
+    ended
+        Who ended it, if it was not the command itself.
+    started_at
+        By the engine's clock.
+    seconds
+        How long the command ran.
+    cached
+        Whether it ran for somebody else, earlier, and this is its result.
+    container
+        After the command; None when the supervisor was killed too, and with it
+        the file system was lost.
+    log, log_bytes
+        Its output, stdout and stderr merged, and how long it is.
+    lost_output
+        The end of the output where `log` was lost.
+    specials, setuid
+        Absolute paths that the supervisor removed, and whose bits it cleared.
+    """
+
+    exit_code: int
+    ended: Literal["timed-out", "cancelled"] | None
+    started_at: datetime
+    seconds: float
+    cached: bool = False
+    container: dagger.Container | None = None
+    log: dagger.File | None = None
+    log_bytes: int = 0
+    lost_output: str = ""
+    specials: tuple[str, ...] = ()
+    setuid: tuple[str, ...] = ()
+
+
+async def resolve_image(
+    client: dagger.Client, reference: str, *, helper_image: str = DEFAULT_HELPER_IMAGE
+) -> Image:
+    """Bring an image into the engine and learn what a run needs to know of it.
+
+    Raises
+    ------
+    ImageUnavailableError
+        When the registry has no such image, or not for us.
+    EngineFailedError
+        When the registry cannot be reached or the engine fails.
+    """
+    container = client.container().from_(reference)
+    with engine_failures(f"image {reference}", image=True):
+        # `exists` also brings the layers, so that pulling is not on the task's time.
+        address, user, entrypoint, shell, find, find_in_bin = await together(
+            container.image_ref(),
+            container.user(),
+            container.entrypoint(),
+            container.exists("/bin/sh"),
+            container.exists("/usr/bin/find"),
+            container.exists("/bin/find"),
+        )
+    sh: tuple[str, ...] = ("/bin/sh",)
+    if not (shell and (find or find_in_bin)):
+        with engine_failures(f"helper image {helper_image}", image=True):
+            busybox = await client.container().from_(helper_image).file("/bin/busybox").sync()
+        container = container.with_mounted_file(_BUSYBOX, busybox)
+        sh = (_BUSYBOX, "sh")
+    return Image(
+        container=container,
+        reference=address,
+        user="" if user in {"root", "0", "0:0", "root:root"} else user,
+        entrypoint=tuple(entrypoint),
+        shell=sh,
+    )
+
+
+async def run_command(
+    client: dagger.Client,
+    plan: Plan,
+    image: Image,
+    workspace: dagger.Directory,
+    secrets: Mapping[str, dagger.Secret],
+) -> Execution:
+    """Run the plan's command on a workspace.
+
+    Within one call the command is started once at most, except where `cache:
+    reuse` meets failures that other runs have left, which are not reused.
+
+    Parameters
+    ----------
+    workspace
+        Already sent; it is mounted writable, as a copy.
+    secrets
+        One for each name of the plan's `secret_env`.
+
+    Raises
+    ------
+    EngineFailedError
+        When the engine fails or is gone; the command may have run.
+    """
+    prepared = _prepare(client, plan, image, workspace, secrets)
+    if plan.cache is CacheMode.NEVER:
+        return await _execute(prepared, plan, image, run=uuid4().hex)
+
+    now = await _engine_clock(image)
+    for attempt in range(MAX_CACHED_FAILURES):
+        execution = await _execute(prepared, plan, image, run=str(attempt), now=now)
+        if not execution.cached or (execution.exit_code == 0 and execution.ended is None):
+            return execution
+    return await _execute(prepared, plan, image, run=uuid4().hex)
+
+
+async def request_stop(client: dagger.Client, plan: Plan, image: Image) -> None:
+    """Ask a running command to end: SIGTERM, its grace period, SIGKILL.
+
+    The query of `run_command` then returns as for a command that ended by itself,
+    with all files. A cancelled query would lose them.
+
+    Raises
+    ------
+    EngineFailedError
+        When the engine cannot pass it on.
+    """
+    with engine_failures("stopping the command"):
+        # A cache volume is the one place that two running containers share.
+        await (
+            image.container.with_user("root")
+            .with_mounted_cache(_CONTROL, client.cache_volume("moonmind-control"))
+            .with_exec([*image.shell, "-c", ': >"$0"', f"{_CONTROL}/{plan.stop_name}", uuid4().hex])
+            .sync()
+        )
+
+
+async def log_excerpt(
+    client: dagger.Client, image: Image, log: dagger.File, *, head: int, tail: int
+) -> dagger.Directory:
+    """Cut the first `head` and last `tail` bytes out of a log, inside the engine.
+
+    Returns
+    -------
+    dagger.Directory
+        With the files `head` and `tail`.
+    """
+    script = 'f=$1 h=$2 t=$3; cd "$0" && $4 head -c "$h" "$f" >head && $4 tail -c "$t" "$f" >tail'
+    applet = _BUSYBOX if len(image.shell) > 1 else ""
+    arguments = [_OUT, f"{_HOME}/log", str(head), str(tail), applet]
+    with engine_failures("cutting the log"):
+        return await (
+            image.container.with_user("root")
+            .with_mounted_directory(_OUT, client.directory())
+            .with_mounted_file(f"{_HOME}/log", log)
+            .with_exec([*image.shell, "-c", script, *arguments])
+            .directory(_OUT)
+            .sync()
+        )
+
+
+def secret_of(client: dagger.Client, plan: Plan, name: str, value: str) -> dagger.Secret:
+    """Hand a value to the engine as a secret of this run.
+
+    The engine knows secrets by name, and a session serves many runs.
+    """
+    return client.set_secret(f"{plan.stop_name}/{name}", value)
+
+
+@contextmanager
+def engine_failures(doing: str, *, image: bool = False) -> Iterator[None]:
+    """Turn what goes wrong on the way to the engine into one of two errors.
+
+    `dagger.ExecError` passes: it speaks of a command, not of the engine.
+
+    Parameters
+    ----------
+    doing
+        What is tried, for the message.
+    image
+        Whether it is about an image, which may be unavailable.
+    """
+    try:
+        yield
+    except dagger.ExecError:
+        raise
+    except dagger.QueryError as error:
+        message = str(error)
+        if image and any(said in message.lower() for said in _UNAVAILABLE):
+            raise ImageUnavailableError(f"{doing} is not available: {message}") from error
+        raise EngineFailedError(f"{doing}: {message}") from error
+    except (dagger.DaggerError, TransportError, httpx.HTTPError, OSError) as error:
+        raise EngineFailedError(f"{doing}: the engine is gone: {error or type(error)}") from error
+
+
+def _prepare(
+    client: dagger.Client,
+    plan: Plan,
+    image: Image,
+    workspace: dagger.Directory,
+    secrets: Mapping[str, dagger.Secret],
+) -> dagger.Container:
+    """Put everything but the command into the container."""
+    owner = image.user
+    supervisor = resources.files("pipelines").joinpath("supervisor.sh").read_text("utf-8")
+    container = (
+        image.container.with_mounted_directory(plan.repo_dir, workspace, owner=owner)
+        .with_mounted_directory(plan.artifact_dir, client.directory(), owner=owner)
+        .with_mounted_directory(_OUT, client.directory(), owner=owner)
+        .with_mounted_file(
+            _SUPERVISOR,
+            client.directory().with_new_file("supervisor.sh", supervisor).file("supervisor.sh"),
+        )
+        .with_mounted_cache(_CONTROL, client.cache_volume("moonmind-control"))
+    )
+    for volume in plan.cache_volumes:
+        cache = client.cache_volume(volume.name)
+        container = container.with_mounted_cache(volume.target, cache, owner=owner)
+    for name, value in split_env(plan.env)[0].items():
+        container = container.with_env_variable(name, value)
+    for name, value in plan.secret_values.items():
+        container = container.with_secret_variable(name, secret_of(client, plan, name, value))
+    for name, secret in secrets.items():
+        container = container.with_secret_variable(name, secret)
+    return container.with_workdir(plan.workdir)
+
+
+async def _execute(
+    prepared: dagger.Container,
+    plan: Plan,
+    image: Image,
+    *,
+    run: str,
+    now: "_Moment | None" = None,
+) -> Execution:
+    odd = [f"{name}={value}" for name, value in split_env(plan.env)[1].items()]
+    arguments = [
+        run,
+        str(plan.timeout_seconds),
+        str(plan.grace_seconds),
+        _OUT,
+        f"{_CONTROL}/{plan.stop_name}",
+        plan.artifact_dir,
+        plan.repo_dir if plan.write_back else "",
+        *(["env", *odd] if odd else []),
+        *image.entrypoint,
+        *plan.command,
+    ]
+    before = datetime.now(UTC)
+    backstop = plan.timeout_seconds + plan.grace_seconds + BACKSTOP_MARGIN_SECONDS
+    try:
+        with anyio.fail_after(backstop), engine_failures("running the command"):
+            container = await prepared.with_exec(
+                [*image.shell, _SUPERVISOR, *arguments], redirect_stdout=_LOG
+            ).sync()
+    except TimeoutError:
+        raise EngineFailedError(f"the engine gave no answer for {backstop}s") from None
+    except dagger.ExecError as error:
+        # The supervisor is killed only together with everything else in the
+        # container: by the command itself, or for want of memory.
+        return Execution(
+            exit_code=error.exit_code,
+            ended=None,
+            started_at=before,
+            seconds=(datetime.now(UTC) - before).total_seconds(),
+            lost_output=error.stdout,
+        )
+    with engine_failures("reading the result"):
+        out = container.directory(_OUT)
+        text, log_bytes = await together(out.file("result").contents(), out.file("log").size())
+        result = _parse_result(text)
+        hostile = ("", "")
+        if result["hostile"]:
+            hostile = await together(out.file("specials").contents(), out.file("setuid").contents())
+    began = _Moment(result["boot"], int(result["began"]))
+    return Execution(
+        exit_code=int(result["exit"]),
+        ended=result["ended"] or None,
+        started_at=datetime.fromtimestamp(int(result["epoch"]), UTC),
+        seconds=(int(result["finished"]) - began.uptime) / 100,
+        cached=now is not None and began.is_before(now),
+        container=container,
+        log=out.file("log"),
+        log_bytes=log_bytes,
+        specials=_names(hostile[0]),
+        setuid=_names(hostile[1]),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Moment:
+    """A point in time by the engine's own clock: its boot, and centiseconds since."""
+
+    boot: str
+    uptime: int
+
+    def is_before(self, other: "_Moment") -> bool:
+        return self.boot != other.boot or self.uptime < other.uptime
+
+
+async def _engine_clock(image: Image) -> _Moment:
+    """Ask the engine's clock: a result that began earlier is a reused one."""
+    script = (
+        "read -r boot </proc/sys/kernel/random/boot_id; read -r up idle </proc/uptime; "
+        'echo "$boot ${up%.*}${up#*.}"'
+    )
+    with engine_failures("asking the engine's clock"):
+        answer = await image.container.with_exec([*image.shell, "-c", script, uuid4().hex]).stdout()
+    boot, uptime = answer.split()
+    return _Moment(boot, int(uptime))
+
+
+def _parse_result(text: str) -> dict[str, Any]:
+    """Read what the supervisor wrote."""
+    result = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+    if not {"exit", "ended", "epoch", "boot", "began", "finished", "hostile"} <= result.keys():
+        raise EngineFailedError("the supervisor left no result; is the engine's disk full?")
+    return result
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split("\0") if name)

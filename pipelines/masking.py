@@ -1,0 +1,137 @@
+"""Secrets never leave the process: text is masked before it is written anywhere.
+
+A streaming replacer in the manner of buildkite-agent's: what may be the start of
+a secret is held back until it is known, so a secret that is split over two
+chunks is found too.
+"""
+
+import base64
+import json
+import re
+from collections.abc import Iterable, Iterator
+from urllib.parse import quote, quote_plus
+
+MASK = b"***"
+
+MIN_SECRET_LENGTH = 6
+"""Characters. Masking anything shorter would spoil ordinary text and give away
+the secret by its absence; who has one is warned instead."""
+
+
+def too_short(secret: str) -> bool:
+    """Whether a secret is too short to be masked."""
+    return len(secret) < MIN_SECRET_LENGTH
+
+
+def _base64_forms(value: bytes) -> Iterator[bytes]:
+    """Give what is constant of `value` in base64, wherever it stands in a longer text.
+
+    Three bytes become four characters, so there are three alignments. The
+    characters at both ends also depend on the neighbours and are left out.
+    """
+    for before in range(3):
+        encoded = base64.b64encode(bytes(before) + value)
+        # Ceiling of before * 8 / 6: the first character that no neighbour touches.
+        start = (0, 2, 3)[before]
+        whole = (before + len(value)) * 8 // 6
+        form = encoded[start:whole]
+        yield form
+        yield form.translate(bytes.maketrans(b"+/", b"-_"))
+
+
+def _forms(secret: str) -> set[bytes]:
+    """Every form in which a secret is looked for."""
+    value = secret.encode("utf-8", "surrogateescape")
+    escaped = {quote(secret, safe=""), quote(secret), quote_plus(secret)}
+    lowered = {re.sub(r"%[0-9A-F]{2}", lambda m: m[0].lower(), form) for form in escaped}
+    texts = {json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]}
+    forms = {value, *(t.encode("utf-8", "surrogateescape") for t in escaped | lowered | texts)}
+    return forms | {f for f in _base64_forms(value) if len(f) >= MIN_SECRET_LENGTH}
+
+
+class Masker:
+    """Finds secrets in text.
+
+    Parameters
+    ----------
+    secrets:
+        The values. Those shorter than `MIN_SECRET_LENGTH` are not masked.
+    """
+
+    def __init__(self, secrets: Iterable[str] = ()) -> None:
+        forms: set[bytes] = set()
+        for secret in secrets:
+            if not too_short(secret):
+                forms |= _forms(secret)
+        # Longest first, so that a secret which begins with another is taken whole.
+        ordered = sorted(forms, key=lambda form: (-len(form), form))
+        self._pattern = re.compile(b"|".join(map(re.escape, ordered))) if ordered else None
+        self._longest = len(ordered[0]) if ordered else 0
+
+    def mask(self, text: str) -> str:
+        """Give `text` without the secrets."""
+        stream = self.stream()
+        data = text.encode("utf-8", "surrogateescape")
+        return (stream.feed(data) + stream.finish()).decode("utf-8", "surrogateescape")
+
+    def stream(self, *, after_cut: bool = False) -> "MaskingStream":
+        """Start a stream of bytes that is masked as it goes by.
+
+        Parameters
+        ----------
+        after_cut
+            The stream begins in the middle of something: its first bytes may be the
+            end of a secret, and are left out.
+        """
+        covered = max(self._longest - 1, 0) if after_cut else 0
+        return MaskingStream(self._pattern, self._longest, covered)
+
+
+class MaskingStream:
+    """Masks one stream of bytes, chunk by chunk; made by `Masker.stream`."""
+
+    def __init__(self, pattern: re.Pattern[bytes] | None, longest: int, covered: int) -> None:
+        self._pattern = pattern
+        self._longest = longest
+        self._held = b""
+        # Bytes at the start of what is held that are not to be shown any more.
+        self._covered = covered
+
+    def feed(self, chunk: bytes) -> bytes:
+        """Give what can be shown after `chunk`.
+
+        Fewer bytes are held back than the longest form of a secret has.
+        """
+        if self._pattern is None:
+            return chunk
+        data = self._held + chunk
+        # A match that begins before `safe` is here as a whole; a later one may
+        # still turn out to be another, longer one.
+        safe = max(len(data) - self._longest + 1, 0)
+        return self._scan(self._pattern, data, safe)
+
+    def finish(self) -> bytes:
+        """Give what was held back: the stream has ended.
+
+        Not to be called where it was cut: what is held back may be half a secret.
+        """
+        if self._pattern is None:
+            return b""
+        return self._scan(self._pattern, self._held, len(self._held))
+
+    def _scan(self, pattern: re.Pattern[bytes], data: bytes, safe: int) -> bytes:
+        shown: list[bytes] = []
+        position = self._covered
+        # Not finditer: matches that overlap are masked as one, or the rest of the
+        # second would show.
+        begin = 0
+        while (match := pattern.search(data, begin)) and match.start() < safe:
+            if match.start() >= position:
+                shown += (data[position : match.start()], MASK)
+            position = max(position, match.end())
+            begin = match.start() + 1
+        if position < safe:
+            shown.append(data[position:safe])
+        self._held = data[safe:]
+        self._covered = max(position - safe, 0)
+        return b"".join(shown)
