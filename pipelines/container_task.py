@@ -35,6 +35,7 @@ _OUT = f"{_HOME}/out"
 _LOG = f"{_OUT}/log"
 _CONTROL = f"{_HOME}/control"
 _SUPERVISOR = f"{_HOME}/supervisor.sh"
+_CLOCK = f"{_HOME}/clock"
 _BUSYBOX = f"{_HOME}/busybox"
 
 # What registries and the engine say of an image that is not there, or not for us.
@@ -319,7 +320,7 @@ async def _execute(
         f"{_CONTROL}/{plan.stop_name}",
         plan.artifact_dir,
         plan.repo_dir if plan.write_back else "",
-        *(["env", *odd] if odd else []),
+        *(["env", "--", *odd] if odd else []),
         *image.entrypoint,
         *plan.command,
     ]
@@ -377,14 +378,19 @@ class _Moment:
 
 async def _engine_clock(image: Image) -> _Moment:
     """Ask the engine's clock: a result that began earlier is a reused one."""
-    script = (
-        "read -r boot </proc/sys/kernel/random/boot_id; read -r up idle </proc/uptime; "
-        'echo "$boot ${up%.*}${up#*.}"'
-    )
     with engine_failures("asking the engine's clock"):
-        answer = await image.container.with_exec([*image.shell, "-c", script, uuid4().hex]).stdout()
+        answer = await _write_clock(image.container, image, _CLOCK).file(_CLOCK).contents()
     boot, uptime = answer.split()
     return _Moment(boot, int(uptime))
+
+
+def _write_clock(container: dagger.Container, image: Image, path: str) -> dagger.Container:
+    """Write the engine's time to a file: printed, it would be live output of the task."""
+    script = (
+        "read -r boot </proc/sys/kernel/random/boot_id; read -r up idle </proc/uptime; "
+        'echo "$boot ${up%.*}${up#*.}" >"$0"'
+    )
+    return container.with_user("root").with_exec([*image.shell, "-c", script, path, uuid4().hex])
 
 
 def _parse_result(text: str) -> dict[str, Any]:

@@ -75,7 +75,6 @@ _IMAGE = (
 _MAX_IMAGE_NAME = 255
 # Docker's: 512m, 16g, 16gb, 16GiB, 1.5 g; but not 16Gi, which is Kubernetes'.
 _MEMORY = r"(?i)([0-9]{1,18}(?:\.[0-9]{1,18})?) ?(?:([kmgt])(?:i?b)?|b)?"
-_VOLUME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 # Vault references: MoonMind's characters, and 512 of them with the `vault://`.
 _REFERENCES = {
     "env": (r"[^=\s](?:[^=]*[^=\s])?", "env://NAME"),
@@ -332,7 +331,13 @@ _Cpus = Annotated[
     float, _must_be("a number above 0", lambda n: type(n) in {int, float} and 0 < n < _MAX_CPUS)
 ]
 _Memory = Annotated[str, _must('must be a size as Docker writes it: "512m" or "16g"', _bytes)]
-_VolumeName = Annotated[str, _must(f"must match {_VOLUME}", partial(re.fullmatch, _VOLUME))]
+_VolumeName = Annotated[
+    str,
+    _must(
+        "must be letters, digits, '_', '.' and '-', the first a letter or digit",
+        partial(re.fullmatch, r"[A-Za-z0-9][A-Za-z0-9_.-]*"),
+    ),
+]
 _MountTarget = Annotated[
     str, _must('must be an absolute path without ","', partial(re.fullmatch, r"(?s)/[^,]*"))
 ]
@@ -343,7 +348,7 @@ class _Spec(BaseModel):
 
     # Also by the names in here, as MoonMind does: timeout_seconds for timeoutSeconds.
     model_config = ConfigDict(
-        alias_generator=to_camel, populate_by_name=True, extra="allow", hide_input_in_errors=True, defer_build=True
+        alias_generator=to_camel, populate_by_name=True, extra="allow", hide_input_in_errors=True
     )
 
     @classmethod
@@ -592,7 +597,9 @@ def parse_payload(data: object) -> TaskPayload:
     """
     if isinstance(data, dict) and "payload" in data and "task" not in data:
         if data.get("type") != "task":
-            raise TaskContractError(Problem("type", 'type must be "task", other jobs run nothing'))
+            raise TaskContractError(
+                Problem("type", 'type must be "task": no other has a container')
+            )
         data = data["payload"]
     if not isinstance(data, dict):
         raise TaskContractError(Problem("", "the payload must be an object"))
@@ -607,7 +614,8 @@ def parse_payload(data: object) -> TaskPayload:
         return payload
     # Raised out here, so that pydantic's error, which holds the input, is not its context.
     problems: dict[str, Problem] = {}
-    for at, fault in sorted(wrong, key=lambda each: _position(data, each[0])):
+    ranks: dict[int, dict[Any, int]] = {}
+    for at, fault in sorted(wrong, key=lambda each: _position(data, each[0], ranks)):
         path = _dotted(at)
         problems.setdefault(path, Problem(path, f"{path} {fault}"))
     raise TaskContractError(*problems.values())
@@ -663,7 +671,7 @@ def warnings_of(payload: TaskPayload) -> list[str]:
     ]
     in_the_open = [
         f"{_dotted((*place, 'env', name))} looks like a secret: whoever can see the job can read "
-        f'its value; use secretEnv, as in "secretEnv": {{{json.dumps(name)}: "env://NAME"}}'
+        f'its value; use secretEnv, as in "secretEnv": {json.dumps({name: f"env://{name}"})}'
         for name in container.env
         if looks_secret(name)
     ]
@@ -810,13 +818,18 @@ def _from_pydantic(error: ErrorDetails) -> _Wrong:
     return at, _SENTENCES.get(kind, "is not valid")
 
 
-def _position(data: object, at: _Location) -> list[int]:
-    """Say where in the payload a field stands; an absent one stands behind its siblings."""
+def _position(data: object, at: _Location, ranks: dict[int, dict[Any, int]]) -> list[int]:
+    """Say where in the payload a field stands; an absent one stands behind its siblings.
+
+    `ranks` keeps the places of names by object: looked up for each of thousands of
+    wrong names in one object, they would take their square in time.
+    """
     position = []
     for part in at:
         if isinstance(data, dict):
-            names = list(data)
-            position.append(names.index(part) if part in data else len(names))
+            if id(data) not in ranks:
+                ranks[id(data)] = {name: rank for rank, name in enumerate(data)}
+            position.append(ranks[id(data)].get(part, len(data)))
             data = data.get(part)
         elif isinstance(data, list) and isinstance(part, int):
             position.append(part)

@@ -162,6 +162,12 @@ def plan_task(payload: TaskPayload, *, job_id: str, defaults: Defaults | None = 
         if spec.resources.memory is not None:
             env["MOONMIND_MEMORY"] = spec.resources.memory
 
+    if split_env(env)[1] and "=" in spec.command[0]:
+        raise ValueError(
+            "task.container.command[0] may not hold '=' beside names in task.container.env that "
+            "shells do not know: they are set by `env`, which would take it for one more"
+        )
+
     return Plan(
         job_id=job_id,
         repository=payload.repository,

@@ -9,7 +9,7 @@
 #   LIMIT      seconds that the command may take; the clock starts with it
 #   GRACE      seconds between SIGTERM and SIGKILL
 #   OUT        directory for our own files: result, ended, specials, setuid
-#   STOP       a file that asks for an early end once it is newer than this run
+#   STOP       a file that asks for an early end: boot id, and centiseconds since
 #   ARTIFACTS  directory to clear of what must not travel
 #   WORKSPACE  likewise, or empty when the workspace does not go back
 #
@@ -68,6 +68,13 @@ others() {
     return 1
 }
 
+# A stop is written with its time: one of an earlier run is not meant for us. Not by
+# the files' own times, of which busybox compares the seconds only.
+asked_to_stop() {
+    { read -r mm_stop_boot mm_stop_up <"$mm_stop"; } 2>/dev/null &&
+        [ "$mm_stop_boot" = "$mm_boot" ] && [ "$mm_stop_up" -ge "$mm_began" ]
+}
+
 # In the background: waits for the limit or the stop file, then ends every
 # process of the task, grandchildren and new sessions too. `kill -1` spares PID 1
 # and the caller; the supervisor itself has its handler.
@@ -79,7 +86,7 @@ watch() {
         uptime
         if [ "$mm_up" -ge "$mm_deadline" ]; then
             mm_reason=timed-out
-        elif [ "$mm_stop" -nt "$mm_out/started" ]; then
+        elif asked_to_stop; then
             mm_reason=cancelled
         fi
     done
@@ -109,7 +116,6 @@ clear_hostile() {
     find "$1" -xdev -type f \( -perm -4000 -o -perm -2000 \) -print0 -exec chmod ug-s {} + >>"$mm_out/setuid"
 }
 
-: >"$mm_out/started"
 : >"$mm_out/specials"
 : >"$mm_out/setuid"
 read -r mm_boot </proc/sys/kernel/random/boot_id

@@ -100,7 +100,7 @@ def _is_output(record: LogRecord) -> bool:
     attributes = {attribute.key: attribute.value for attribute in record.attributes}
     if "stdio.stream" not in attributes or "dagger.io/logs.verbose" in attributes:
         return False
-    return attributes["stdio.stream"].int_value == STDOUT
+    return bool(attributes["stdio.stream"].int_value == STDOUT)
 
 
 async def _read_body(receive: Callable[[], Awaitable[_Message]]) -> bytes:

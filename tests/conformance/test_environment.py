@@ -1,7 +1,7 @@
 import pytest
 
 from pipelines.payload import TaskContractError
-from tests.conformance.conftest import Task, sh
+from tests.conformance.support import Task, sh
 
 ODD_TOKENS = ["", " ", "a b", "two\nlines", "$HOME", "`id`", "'", '"', "\\", "*", "Grüße 🌙", "-n", "a=b"]
 

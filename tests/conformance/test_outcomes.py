@@ -4,7 +4,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from pipelines.report import Outcome
-from tests.conformance.conftest import Task, sh
+from tests.conformance.support import Task, sh
 
 
 async def test_a_command_that_succeeds_brings_its_artifacts_back(task: Task) -> None:

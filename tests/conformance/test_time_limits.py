@@ -1,5 +1,5 @@
 from pipelines.report import Outcome
-from tests.conformance.conftest import Result, Task, sh
+from tests.conformance.support import Result, Task, sh
 
 
 def assert_timed_out(result: Result, seconds: int = 1) -> None:
