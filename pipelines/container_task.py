@@ -35,7 +35,7 @@ _OUT = f"{_HOME}/out"
 _LOG = f"{_OUT}/log"
 _CONTROL = f"{_HOME}/control"
 _SUPERVISOR = f"{_HOME}/supervisor.sh"
-_CLOCK = f"{_HOME}/clock"
+_CLOCK = "/.moonmind-clock"
 _BUSYBOX = f"{_HOME}/busybox"
 
 # What registries and the engine say of an image that is not there, or not for us.
@@ -182,14 +182,14 @@ async def run_command(
     """
     prepared = _prepare(client, plan, image, workspace, secrets)
     if plan.cache is CacheMode.NEVER:
-        return await _execute(prepared, plan, image, run=uuid4().hex)
+        return await _execute(client, prepared, plan, image, run=uuid4().hex)
 
     now = await _engine_clock(image)
     for attempt in range(MAX_CACHED_FAILURES):
-        execution = await _execute(prepared, plan, image, run=str(attempt), now=now)
+        execution = await _execute(client, prepared, plan, image, run=str(attempt), now=now)
         if not execution.cached or (execution.exit_code == 0 and execution.ended is None):
             return execution
-    return await _execute(prepared, plan, image, run=uuid4().hex)
+    return await _execute(client, prepared, plan, image, run=uuid4().hex)
 
 
 async def request_stop(client: dagger.Client, plan: Plan, image: Image) -> None:
@@ -203,14 +203,12 @@ async def request_stop(client: dagger.Client, plan: Plan, image: Image) -> None:
     EngineFailedError
         When the engine cannot pass it on.
     """
+    # A cache volume is the one place that two running containers share.
+    container = image.container.with_mounted_cache(
+        _CONTROL, client.cache_volume("moonmind-control")
+    )
     with engine_failures("stopping the command"):
-        # A cache volume is the one place that two running containers share.
-        await (
-            image.container.with_user("root")
-            .with_mounted_cache(_CONTROL, client.cache_volume("moonmind-control"))
-            .with_exec([*image.shell, "-c", ': >"$0"', f"{_CONTROL}/{plan.stop_name}", uuid4().hex])
-            .sync()
-        )
+        await _write_clock(container, image, f"{_CONTROL}/{plan.stop_name}").sync()
 
 
 async def log_excerpt(
@@ -249,8 +247,6 @@ def secret_of(client: dagger.Client, plan: Plan, name: str, value: str) -> dagge
 def engine_failures(doing: str, *, image: bool = False) -> Iterator[None]:
     """Turn what goes wrong on the way to the engine into one of two errors.
 
-    `dagger.ExecError` passes: it speaks of a command, not of the engine.
-
     Parameters
     ----------
     doing
@@ -260,8 +256,6 @@ def engine_failures(doing: str, *, image: bool = False) -> Iterator[None]:
     """
     try:
         yield
-    except dagger.ExecError:
-        raise
     except dagger.QueryError as error:
         message = str(error)
         if image and any(said in message.lower() for said in _UNAVAILABLE):
@@ -304,6 +298,7 @@ def _prepare(
 
 
 async def _execute(
+    client: dagger.Client,
     prepared: dagger.Container,
     plan: Plan,
     image: Image,
@@ -328,21 +323,24 @@ async def _execute(
     backstop = plan.timeout_seconds + plan.grace_seconds + BACKSTOP_MARGIN_SECONDS
     try:
         with anyio.fail_after(backstop), engine_failures("running the command"):
-            container = await prepared.with_exec(
-                [*image.shell, _SUPERVISOR, *arguments], redirect_stdout=_LOG
-            ).sync()
+            try:
+                container = await prepared.with_exec(
+                    [*image.shell, _SUPERVISOR, *arguments], redirect_stdout=_LOG
+                ).sync()
+            except dagger.ExecError as error:
+                # An engine that goes down kills its containers: then this fails too.
+                await client.version()
+                # The supervisor is killed only together with everything else in the
+                # container: by the command itself, or for want of memory.
+                return Execution(
+                    exit_code=error.exit_code,
+                    ended=None,
+                    started_at=before,
+                    seconds=(datetime.now(UTC) - before).total_seconds(),
+                    lost_output=error.stdout,
+                )
     except TimeoutError:
         raise EngineFailedError(f"the engine gave no answer for {backstop}s") from None
-    except dagger.ExecError as error:
-        # The supervisor is killed only together with everything else in the
-        # container: by the command itself, or for want of memory.
-        return Execution(
-            exit_code=error.exit_code,
-            ended=None,
-            started_at=before,
-            seconds=(datetime.now(UTC) - before).total_seconds(),
-            lost_output=error.stdout,
-        )
     with engine_failures("reading the result"):
         out = container.directory(_OUT)
         text, log_bytes = await together(out.file("result").contents(), out.file("log").size())

@@ -39,7 +39,7 @@ from moonmind_ext.embedded.execution import (
     execute,
 )
 from moonmind_ext.embedded.images import LAYERS, ImageError, find_image
-from moonmind_ext.embedded.root import Root
+from moonmind_ext.embedded.root import Root, make_layer
 from moonmind_ext.embedded.session import Lazy, Session, recipe
 from moonmind_ext.embedded.tree import Tree, inside
 
@@ -185,8 +185,7 @@ class Container(Node):
             if not image.layer:
                 return base
             layer = self.session.new_path("layer")
-            layer.mkdir()
-            layer.chmod(0o755)
+            make_layer(layer)
             await self.session.in_thread(LAYERS[image.layer], base, layer)
             return base.with_layer(layer)
 

@@ -2,11 +2,12 @@
 
 import fcntl
 import os
+import posixpath
 import shutil
 import stat
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,20 +17,11 @@ from graphql import GraphQLError
 from moonmind_ext.embedded import tree as trees
 from moonmind_ext.embedded.output import STDERR, STDOUT, Capture
 from moonmind_ext.embedded.process import Command, SandboxError
-from moonmind_ext.embedded.root import Root, flatten, make_directories
-from moonmind_ext.embedded.sandbox import (
-    Identity,
-    assembled_root,
-    find_identity,
-    host_mounts,
-    overlay_root,
-)
+from moonmind_ext.embedded.root import Root, flatten, make_directories, make_layer
+from moonmind_ext.embedded.sandbox import MountOptions, find_identity, host_mounts
 from moonmind_ext.embedded.session import Session
 from moonmind_ext.embedded.store import Known, remove
-from moonmind_ext.embedded.tree import Entry, Tree, inside, relative
-
-MAX_LAYERS = 24
-"""Then they are made one: the options of an overlay mount must fit into a page."""
+from moonmind_ext.embedded.tree import Entry, Tree, inside, parents, relative
 
 LOCK_POLL_SECONDS = 0.05
 """How often a volume that another exec has is asked for. There is no limit to the
@@ -221,7 +213,8 @@ class _Stage:
         self._closing = ExitStack()
         self._marks: dict[str, Known] = {}
         self._upper = session.new_path("layer")
-        self._root = job.root
+        self._root = Root((self._upper,), job.root.host)
+        self._points: list[Path] = []
         self._started_ns = 0
         self.options: list[str] = []
         self.descriptors: list[int] = []
@@ -238,66 +231,42 @@ class _Stage:
             identity = find_identity(job.user)
         except KeyError as error:
             raise ExecError(job.args, -1, message=f"get user: {error.args[0]}") from error
-        for redirect in (job.redirect_stdout, job.redirect_stderr):
-            self._check_redirect(redirect)
-        mounts = [self._mount(index, mount) for index, mount in enumerate(job.mounts)]
+        for path in (job.redirect_stdout, job.redirect_stderr):
+            if path and not self._can_hold(path):
+                message = f"open redirect file: open {path}: no such file or directory"
+                raise ExecError(job.args, -1, message=message)
         self.stdin = self._open_stdin()
-        root = self._prepare_root(sandbox.overlay)
+        # One writable layer of all: the kernel stacks none that is inside another, and
+        # all of them are inside `/`.
+        make_layer(self._upper)
+        flatten(job.root.layers, self._upper, _copy_node)
+        mounts = [self._mount(index, mount) for index, mount in enumerate(job.mounts)]
+        if job.root.host:
+            mounts = [*host_mounts(every=sandbox.overlay), *mounts]
+        self._make_mount_points(mounts)
         self._make_workdir()
+        work = self._folder / "work"
+        work.mkdir()
         self.options = sandbox.options(
-            root=root,
-            mounts=[*host_mounts(), *mounts] if sandbox.overlay and job.root.host else mounts,
+            root=self._root,
+            work=work,
+            mounts=mounts,
             identity=identity,
             workdir=job.workdir,
-            environment=self._environment(identity),
+            environment={"HOME": identity.home, **job.environment, **job.secrets},
         )
         self._started_ns = time.time_ns()
 
-    def _environment(self, identity: Identity) -> dict[str, str]:
-        return {"HOME": identity.home, **self._job.environment, **self._job.secrets}
-
-    def _mount(self, index: int, mount: Mount) -> list[str]:
-        """Make what a mount shows; give its options."""
-        place = self._mount_point(mount)
-        match mount:
-            case TreeMount():
-                source = str(self._source(index))
-                self._marks[mount.path] = self._store.write(mount.tree, source, mark=True)
-                return ["--ro-bind" if mount.read_only else "--bind", source, place]
-            case CacheMount():
-                return ["--bind", str(self._session.volume(mount.volume)), place]
-            case TempMount():
-                size = ["--size", str(mount.size)] if mount.size else []
-                return [*size, "--perms", "1777", "--tmpfs", place]
-            case SecretMount():
-                data = self._memory_file("secret", mount.plaintext)
-                self.descriptors.append(data)
-                return ["--perms", f"{mount.mode:o}", "--ro-bind-data", str(data), place]
-
-    def _source(self, index: int) -> Path:
-        return self._folder / f"mount-{index}"
-
-    def _mount_point(self, mount: Mount) -> str:
-        """Where a mount goes; bubblewrap does not follow links on the way."""
-        if self._mount_of(mount.path, but=mount) is not None:
-            return mount.path
-        return "/" + self._job.root.place(mount.path)
-
-    def _mount_of(self, path: str, *, but: Mount | None = None) -> tuple[int, Mount] | None:
-        """Find the mount that a path is in: the last one that covers it."""
-        for index, mount in reversed(list(enumerate(self._job.mounts))):
-            if mount is not but and (path == mount.path or inside(path, mount.path)):
-                return index, mount
-        return None
-
-    def _memory_file(self, name: str, text: str) -> int:
-        """Keep text where no disk sees it; it is read from the beginning."""
-        descriptor = os.memfd_create(name)
-        self._closing.callback(os.close, descriptor)
-        with open(descriptor, "wb", closefd=False) as file:  # noqa: PTH123
-            file.write(text.encode(errors="surrogateescape"))
-        os.lseek(descriptor, 0, os.SEEK_SET)
-        return descriptor
+    def _can_hold(self, path: str) -> bool:
+        """Whether a file can be at a path when the command has ended."""
+        parent, mounted = posixpath.dirname(path), self._mount_of(path)
+        if mounted is None:
+            return self._job.root.find(parent) is not None
+        return (
+            isinstance(mounted, TreeMount)
+            and not mounted.read_only
+            and trees.resolve(mounted.tree, parent[len(mounted.path) :]) is not None
+        )
 
     def _open_stdin(self) -> int:
         path = self._job.redirect_stdin
@@ -305,9 +274,8 @@ class _Stage:
             return self._memory_file("stdin", self._job.stdin)
         source = self._find_file(path)
         if source is None:
-            raise ExecError(
-                self._job.args, -1, message=f"open redirect stdin file: {path}: no such file"
-            )
+            message = f"open redirect stdin file: open {path}: no such file or directory"
+            raise ExecError(self._job.args, -1, message=message)
         descriptor = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
         self._closing.callback(os.close, descriptor)
         return descriptor
@@ -319,75 +287,79 @@ class _Stage:
             found = self._job.root.find(path)
             regular = found is not None and stat.S_ISREG(found.status.st_mode)
             return str(found.places[0]) if found is not None and regular else None
-        mount = mounted[1]
-        if not isinstance(mount, TreeMount):
+        if not isinstance(mounted, TreeMount):
             return None
-        key = trees.resolve(mount.tree, path[len(mount.path) :])
-        if key is None or not mount.tree[key].is_file:
+        key = trees.resolve(mounted.tree, path[len(mounted.path) :])
+        if key is None or not mounted.tree[key].is_file:
             return None
-        return self._store.path(mount.tree[key].content)
+        return self._store.path(mounted.tree[key].content)
 
-    def _check_redirect(self, path: str) -> None:
-        """See before the command runs that its output has a place to go."""
-        if not path:
-            return
-        parent = os.path.dirname(path)  # noqa: PTH120
-        mounted = self._mount_of(path)
-        if mounted is None:
-            there = self._job.root.find(parent) is not None
-        else:
-            mount = mounted[1]
-            there = (
-                isinstance(mount, TreeMount)
-                and not mount.read_only
-                and trees.resolve(mount.tree, parent[len(mount.path) :]) is not None
-            )
-        if not there:
-            raise ExecError(
-                self._job.args,
-                -1,
-                message=f"open redirect file: open {path}: no such file or directory",
-            )
+    def _memory_file(self, name: str, text: str) -> int:
+        """Keep text where no disk sees it; it is read from the beginning."""
+        descriptor = os.memfd_create(name)
+        self._closing.callback(os.close, descriptor)
+        with open(descriptor, "wb", closefd=False) as file:  # noqa: PTH123
+            file.write(text.encode(errors="surrogateescape"))
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        return descriptor
 
-    def _prepare_root(self, overlay: bool) -> list[str]:
-        """Make the layer that is written to; give the options for the root."""
-        job = self._job
-        self._upper.mkdir()
-        self._upper.chmod(0o755)
-        points = {
-            self._mount_point(mount): isinstance(mount, SecretMount)
-            or (isinstance(mount, TreeMount) and not mount.tree[""].is_directory)
-            for mount in job.mounts
-            if self._mount_of(mount.path, but=mount) is None
-        }
-        if not overlay:
-            flatten(self._root.layers, self._upper, _copy_node)
-            self._root = Root((self._upper,), job.root.host)
-            return assembled_root(self._root, self._upper, map(relative, points))
-        if len(self._root.layers) > MAX_LAYERS:
-            flat = self._session.new_path("layer")
-            flat.mkdir()
-            flatten(self._root.layers, flat, _link_node)
-            self._root = Root((flat,), job.root.host)
-        # Mount points are made in a layer that goes away with the mounts.
-        stubs = self._folder / "stubs"
-        stubs.mkdir()
-        for point, is_file in {"/proc": False, "/dev": False, "/sys": False, **points}.items():
-            path = relative(point)
+    def _mount_of(self, path: str, *, but: Mount | None = None) -> Mount | None:
+        """Find the mount that a path is in: the last one that covers it."""
+        for mount in reversed(self._job.mounts):
+            if mount is not but and (path == mount.path or inside(path, mount.path)):
+                return mount
+        return None
+
+    def _source(self, mount: Mount) -> Path:
+        """Where the content of a mount is on this host."""
+        if isinstance(mount, CacheMount):
+            return self._session.volume(mount.volume)
+        return self._folder / f"mount-{self._job.mounts.index(mount)}"
+
+    def _mount(self, index: int, mount: Mount) -> MountOptions:
+        """Make what a mount shows."""
+        place = mount.path
+        if self._mount_of(place, but=mount) is None:
+            # bubblewrap does not follow links on the way.
+            place = "/" + self._job.root.place(place)
+        match mount:
+            case TreeMount():
+                source = str(self._source(mount))
+                self._marks[mount.path] = self._store.write(mount.tree, source, mark=True)
+                bind = "--ro-bind" if mount.read_only else "--bind"
+                is_file = not mount.tree[""].is_directory
+                return MountOptions((bind, source, place), is_file=is_file)
+            case CacheMount():
+                return MountOptions(("--bind", str(self._source(mount)), place))
+            case TempMount():
+                size = ("--size", str(mount.size)) if mount.size else ()
+                return MountOptions((*size, "--perms", "1777", "--tmpfs", place))
+            case SecretMount():
+                data = self._memory_file("secret", mount.plaintext)
+                self.descriptors.append(data)
+                options = ("--perms", f"{mount.mode:o}", "--ro-bind-data", str(data), place)
+                return MountOptions(options, is_file=True)
+
+    def _make_mount_points(self, mounts: Iterable[MountOptions]) -> None:
+        """Make what mounts go over; it goes away with them."""
+        kernel = [MountOptions(("", place)) for place in ("/proc", "/dev", "/sys")]
+        for mount in [*kernel, *mounts]:
+            path = relative(mount.place)
             if self._root.find(path) is not None:
                 continue
-            make_directories(self._root, stubs, os.path.dirname(path))  # noqa: PTH120
-            if is_file:
-                (stubs / path).touch()
+            if self._mount_of(posixpath.dirname(mount.place)) is not None:
+                continue  # bubblewrap makes it there, and as with a real engine it stays.
+            for parent in parents(path):
+                if self._root.find(parent) is None:
+                    make_directories(self._root, self._upper, parent)
+                    self._points.append(self._upper / parent)
+            make_directories(self._root, self._upper, posixpath.dirname(path))
+            point = self._upper / path
+            if mount.is_file:
+                point.touch()
             else:
-                make_directories(self._root, stubs, path)
-        for (_, _, path) in host_mounts() if job.root.host else []:
-            if self._root.find(path) is None:
-                make_directories(self._root, stubs, os.path.dirname(relative(path)))  # noqa: PTH120
-                (stubs / relative(path)).touch()
-        work = self._folder / "work"
-        work.mkdir()
-        return overlay_root(self._root.with_layer(stubs), self._upper, work)
+                point.mkdir()
+            self._points.append(point)
 
     def _make_workdir(self) -> None:
         path = self._job.workdir
@@ -396,71 +368,54 @@ class _Stage:
             if self._root.find(path) is None:
                 make_directories(self._root, self._upper, self._root.place(path))
             return
-        index, mount = mounted
-        match mount:
-            case TreeMount():
-                if trees.resolve(mount.tree, path[len(mount.path) :]) is None:
-                    place = self._source(index) / relative(path[len(mount.path) :])
-                    place.mkdir(parents=True, exist_ok=True)
-            case CacheMount():
-                place = self._session.volume(mount.volume) / relative(path[len(mount.path) :])
-                place.mkdir(parents=True, exist_ok=True)
+        inner = path[len(mounted.path) :]
+        if isinstance(mounted, CacheMount) or (
+            isinstance(mounted, TreeMount) and trees.resolve(mounted.tree, inner) is None
+        ):
+            (self._source(mounted) / relative(inner)).mkdir(parents=True, exist_ok=True)
 
     def collect(self, capture: Capture, code: int) -> Outcome:
         """Take in what the command left."""
+        for point in reversed(self._points):
+            with suppress(OSError):  # It has got something in it.
+                point.rmdir() if point.is_dir() else point.unlink()
         after: dict[str, Tree] = {}
-        for index, mount in enumerate(self._job.mounts):
+        for mount in self._job.mounts:
             if isinstance(mount, TreeMount) and not mount.read_only:
                 after[mount.path], _ = self._store.read(
-                    str(self._source(index)),
+                    str(self._source(mount)),
                     known=self._marks[mount.path],
                     known_since_ns=self._started_ns,
                     ours=True,
                 )
-        root = self._root
-        if self._session.sandbox.overlay:
-            if any(self._upper.iterdir()):
-                root = root.with_layer(self._upper)
-            else:
-                self._upper.rmdir()
         stdout, stderr, combined = (
             self._store.add_file(str(path), ours=True)
             for path in (capture.path(STDOUT), capture.path(STDERR), capture.combined_path)
         )
+        root = self._root
         for path, (content, size) in (
             (self._job.redirect_stdout, stdout),
             (self._job.redirect_stderr, stderr),
         ):
             if path:
-                root = self._redirect(path, content, size, root, after)
+                file = {"": Entry(stat.S_IFREG | 0o600, content, size, time.time_ns())}
+                mounted = self._mount_of(path)
+                if mounted is None:
+                    root = add_layer(self._session, root, path, file)
+                else:
+                    inner = path[len(mounted.path) :]
+                    after[mounted.path] = trees.put(after[mounted.path], inner, file)
         return Outcome(code, root, after, stdout[0], stderr[0], combined[0])
-
-    def _redirect(
-        self, path: str, content: str, size: int, root: Root, after: dict[str, Tree]
-    ) -> Root:
-        """Put the output where it was asked for, as a file that only its user reads."""
-        file: Tree = {"": Entry(stat.S_IFREG | 0o600, content, size, self._started_ns)}
-        mounted = self._mount_of(path)
-        if mounted is not None:
-            mount = mounted[1]
-            after[mount.path] = trees.put(after[mount.path], path[len(mount.path) :], file)
-            return root
-        return add_layer(self._session, root, path, file)
 
 
 def add_layer(session: Session, root: Root, path: str, tree: Tree) -> Root:
     """Put a directory or a file into a root, in a layer of its own; blocking."""
     layer = session.new_path("layer")
-    layer.mkdir()
-    layer.chmod(0o755)
+    make_layer(layer)
     place = root.place(path)
-    make_directories(root, layer, os.path.dirname(place))  # noqa: PTH120
+    make_directories(root, layer, posixpath.dirname(place))
     session.store.write(tree, str(layer / place) if place else str(layer))
     return root.with_layer(layer)
-
-
-def _link_node(source: Path, target: Path) -> None:
-    os.link(source, target, follow_symlinks=False)
 
 
 def _copy_node(source: Path, target: Path) -> None:
@@ -468,4 +423,4 @@ def _copy_node(source: Path, target: Path) -> None:
     if stat.S_ISREG(mode) or stat.S_ISLNK(mode):
         shutil.copy2(source, target, follow_symlinks=False)
     else:
-        _link_node(source, target)
+        os.link(source, target, follow_symlinks=False)

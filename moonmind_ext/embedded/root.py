@@ -86,7 +86,7 @@ class Root:
             path, found = todo.pop()
             mode, mtime = found.status.st_mode, found.status.st_mtime_ns
             tree[path] = Entry(mode, mtime_ns=mtime)
-            for name in {name for place in found.places for name in os.listdir(place)}:
+            for name in {name for place in found.places for name in os.listdir(place)}:  # noqa: PTH208
                 inner = self._step(found, name)
                 if inner is None:
                     continue
@@ -165,6 +165,12 @@ def is_opaque(directory: Path) -> bool:
         return False
 
 
+def make_layer(layer: Path) -> None:
+    """Make an empty layer."""
+    layer.mkdir()
+    layer.chmod(0o755)  # The umask may have taken more; `/` is open.
+
+
 def make_directories(root: Root, layer: Path, path: str) -> None:
     """Make a directory in a layer, and the way to it, with the modes that the root has.
 
@@ -182,13 +188,8 @@ def make_directories(root: Root, layer: Path, path: str) -> None:
 
 
 def make_base(layer: Path) -> None:
-    """Make the layer that hides parts of the host's root; the directory is empty yet.
-
-    Raises
-    ------
-    OSError
-        When the file system has no extended attributes.
-    """
+    """Make the layer that hides parts of the host's root."""
+    make_layer(layer)
     for path in sorted(HIDDEN):
         place = layer / path
         place.mkdir(parents=True)
@@ -197,7 +198,9 @@ def make_base(layer: Path) -> None:
             os.setxattr(place, _OPAQUE, b"y")
 
 
-def flatten(layers: Iterable[Path], target: Path, put: Callable[[Path, Path], object]) -> None:
+def flatten(
+    layers: Iterable[Path], target: Path, copy: Callable[[Path, Path], object]
+) -> None:
     """Make one layer of several; blocking.
 
     Parameters
@@ -205,30 +208,27 @@ def flatten(layers: Iterable[Path], target: Path, put: Callable[[Path, Path], ob
     layers
         Topmost first.
     target
-        An empty directory.
-    put
-        How a file comes to its new place: by a link, or as a copy.
+        An empty layer.
+    copy
+        Brings what is no directory to its new place.
     """
     todo = [(tuple(layers), target)]
     while todo:
         places, directory = todo.pop()
-        for name in {name for place in places for name in os.listdir(place)}:
+        for name in {name for place in places for name in os.listdir(place)}:  # noqa: PTH208
             inner: list[Path] = []
             opaque = False
-            for place in places:
-                node = place / name
-                try:
-                    status = node.lstat()
-                except FileNotFoundError:
+            for node in (place / name for place in places):
+                if not os.path.lexists(node):
                     continue
-                if stat.S_ISDIR(status.st_mode):
+                if node.is_dir() and not node.is_symlink():
                     inner.append(node)
                     opaque = is_opaque(node)
                 elif inner:
                     opaque = True
                 else:
-                    put(node, directory / name)
-                if opaque or not stat.S_ISDIR(status.st_mode):
+                    copy(node, directory / name)
+                if opaque or not inner:
                     break
             if inner:
                 merged = directory / name

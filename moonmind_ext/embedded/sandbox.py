@@ -3,6 +3,7 @@
 import functools
 import os
 import pwd
+import re
 import shutil
 import stat
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from moonmind_ext.embedded.root import HIDDEN, Root, is_whiteout, make_base
 from moonmind_ext.embedded.store import remove
-from moonmind_ext.embedded.tree import inside
+from moonmind_ext.embedded.tree import inside, relative
 
 PROBE_SECONDS = 5
 """For all tries together. A sandbox takes some ten milliseconds."""
@@ -82,6 +83,27 @@ def find_identity(user: str) -> Identity:
 
 
 @dataclass(frozen=True, slots=True)
+class MountOptions:
+    """How one mount is asked for.
+
+    Attributes
+    ----------
+    options
+        The last one is where it goes.
+    is_file
+        Whether a file is mounted, so that its mount point must be one.
+    """
+
+    options: tuple[str, ...]
+    is_file: bool = False
+
+    @property
+    def place(self) -> str:
+        """Where it goes."""
+        return self.options[-1]
+
+
+@dataclass(frozen=True, slots=True)
 class Sandbox:
     """A way to make sandboxes that works here.
 
@@ -100,8 +122,9 @@ class Sandbox:
     def options(
         self,
         *,
-        root: Sequence[str],
-        mounts: Iterable[Sequence[str]],
+        root: Root,
+        work: Path,
+        mounts: Iterable[MountOptions],
         identity: Identity,
         workdir: str,
         environment: Mapping[str, str],
@@ -111,10 +134,11 @@ class Sandbox:
         Parameters
         ----------
         root
-            The options that make `/`: `overlay_root` or `assembled_root`.
-        mounts
-            The options of each mount, in their order.
+            With one layer; what the command writes goes there.
+        work
+            An empty directory on the file system of that layer.
         """
+        mounts = list(mounts)
         options = ["--unshare-pid", "--unshare-ipc", "--unshare-uts", "--hostname", "dagger"]
         options += ["--die-with-parent", "--new-session"]
         if os.geteuid() or identity.uid or identity.gid:
@@ -123,10 +147,17 @@ class Sandbox:
         else:
             options += ["--cap-drop", "ALL"]
             options += chain.from_iterable(("--cap-add", name) for name in _CAPABILITIES)
-        options += root
+        (layer,) = root.layers
+        if not root.host:
+            options += ["--bind", str(layer), "/"]
+        elif self.overlay:
+            options += ["--overlay-src", "/", "--overlay", str(layer), str(work), "/"]
+        else:
+            needed = [relative(mount.place) for mount in mounts]
+            options += chain.from_iterable(_assemble(layer, "", needed))
         options += ["--proc", "/proc", "--dev", "/dev", "--ro-bind-try", "/sys", "/sys"]
-        options += chain.from_iterable(mounts)
-        if not self.overlay:
+        options += chain.from_iterable(mount.options for mount in mounts)
+        if root.host and not self.overlay:
             options += ["--remount-ro", "/"]
         options += ["--chdir", workdir]
         for name, value in environment.items():
@@ -134,88 +165,67 @@ class Sandbox:
         return options
 
 
-def overlay_root(root: Root, upper: Path, work: Path) -> list[str]:
-    """Stack the layers; what is written goes to `upper`.
-
-    Parameters
-    ----------
-    work
-        Empty, on the file system of `upper`.
-    """
-    layers = [str(layer) for layer in reversed(root.layers)]
-    if root.host:
-        layers.insert(0, "/")
-    options = [option for layer in layers for option in ("--overlay-src", layer)]
-    return [*options, "--overlay", str(upper), str(work), "/"]
-
-
-def assembled_root(root: Root, layer: Path, needed: Iterable[str]) -> list[str]:
+def _assemble(layer: Path, path: str, needed: Sequence[str]) -> Iterator[list[str]]:
     """Put a root together without overlayfs.
 
-    Parameters
-    ----------
-    root
-        The root whose only layer is `layer`.
-    layer
-        What differs from the host; bound writable.
-    needed
-        Relative paths where something will be mounted.
+    What the layer has and the host has not is bound writable, what only the host has
+    read-only, and a directory of both, or one in which a mount point is to be made,
+    is gone through.
     """
-    return list(chain.from_iterable(_assemble(root, layer, "", list(needed))))
-
-
-def _assemble(root: Root, layer: Path, path: str, needed: list[str]) -> Iterator[list[str]]:
-    """Bind what is in a directory: whole where one side has all of it, else piece by piece."""
     ours, theirs = layer / path, Path("/", path)
-    names = set(os.listdir(ours)) if ours.is_dir() else set()
-    if root.host:
-        names.update(os.listdir(theirs))
+    names = {name for side in (ours, theirs) if side.is_dir() for name in os.listdir(side)}
     for name in sorted(names):
         inner = f"{path}/{name}" if path else name
-        place = f"/{inner}"
-        if inner in _KERNEL:
+        node, host, place = ours / name, theirs / name, f"/{inner}"
+        in_layer = os.path.lexists(node)
+        if inner in _KERNEL or (in_layer and is_whiteout(node.lstat())):
             continue
-        node = ours / name
-        if os.path.lexists(node):
-            status = node.lstat()
-            if is_whiteout(status):
-                continue
-            on_host = root.host and inner not in HIDDEN and os.path.lexists(theirs / name)
-            if stat.S_ISLNK(status.st_mode):
-                yield ["--symlink", os.readlink(node), place]
-            elif stat.S_ISDIR(status.st_mode) and on_host and not (theirs / name).is_symlink():
-                yield ["--perms", f"{stat.S_IMODE(status.st_mode):o}", "--dir", place]
-                yield from _assemble(root, layer, inner, needed)
-            else:
-                yield ["--bind", str(node), place]
-            continue
-        host = theirs / name
-        if host.is_symlink():
-            yield ["--symlink", os.readlink(host), place]
-        elif any(inside(target, inner) and root.find(target) is None for target in needed):
-            yield ["--dir", place]
-            yield from _assemble(root, layer, inner, needed)
-        elif os.access(host, os.R_OK):
+        on_host = inner not in HIDDEN and os.path.lexists(host)
+        source = node if in_layer else host
+        if source.is_symlink():
+            yield ["--symlink", os.readlink(source), place]
+        elif on_host and host.is_dir() and (in_layer or _lacks(host, inner, needed)):
+            yield ["--perms", f"{stat.S_IMODE(source.stat().st_mode):o}", "--dir", place]
+            yield from _assemble(layer, inner, needed)
+        elif in_layer:
+            yield ["--bind", str(node), place]
+        elif on_host and os.access(host, os.R_OK):
             yield ["--ro-bind", str(host), place]
 
 
-def host_mounts() -> list[list[str]]:
-    """Bind what an overlay of `/` leaves out: other file systems, and name resolution.
+def _lacks(host: Path, path: str, needed: Iterable[str]) -> bool:
+    """Whether a mount point below a directory of the host is still to be made."""
+    below = [target for target in needed if inside(target, path)]
+    return any(not os.path.lexists(host / target[len(path) + 1 :]) for target in below)
 
-    Read-only; where the host has `/tmp` or `/home` on a disk of its own they stay hidden.
+
+def host_mounts(*, every: bool) -> list[MountOptions]:
+    """Bind what the host's root does not show by itself, read-only.
+
+    Parameters
+    ----------
+    every
+        Whether file systems mounted below `/` are missing too, as in an overlay of it;
+        else only name resolution, whose file often is a link to somewhere below /run.
+        What is `HIDDEN` stays so on a disk of its own too.
     """
     found: list[str] = []
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        path = line.split()[4].encode().decode("unicode_escape")
-        relative = path.lstrip("/")
-        apart = (*_KERNEL, *HIDDEN, *(mount.lstrip("/") for mount in found))
-        if relative and not any(relative == other or inside(relative, other) for other in apart):
-            found.append(path)
-    # Often a link to somewhere below /run.
+    if every:
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            # A blank is written \040.
+            path = re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), line.split()[4])
+            apart = (*_KERNEL, *HIDDEN, *(relative(mount) for mount in found))
+            here = relative(path)
+            if here and not any(here == other or inside(here, other) for other in apart):
+                found.append(path)
     resolver = os.path.realpath("/etc/resolv.conf")
-    if any(inside(resolver.lstrip("/"), hidden) for hidden in HIDDEN):
+    if any(inside(relative(resolver), hidden) for hidden in HIDDEN):
         found.append(resolver)
-    return [["--ro-bind", path, path] for path in found if os.access(path, os.R_OK)]
+    return [
+        MountOptions(("--ro-bind", path, path), is_file=not Path(path).is_dir())
+        for path in found
+        if os.access(path, os.R_OK)
+    ]
 
 
 @functools.cache
@@ -268,15 +278,12 @@ def _try(sandbox: Sandbox, state_dir: Path) -> str | None:
     state_dir.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="probe-", dir=state_dir))
     try:
-        base, upper, work = (folder / name for name in ("base", "upper", "work"))
-        for directory in (base, upper, work):
-            directory.mkdir()
-        make_base(base)
-        root = Root((base,), host=True)
+        layer, work = folder / "layer", folder / "work"
+        make_base(layer)
+        work.mkdir()
         options = sandbox.options(
-            root=overlay_root(root, upper, work)
-            if sandbox.overlay
-            else assembled_root(root, base, ()),
+            root=Root((layer,), host=True),
+            work=work,
             mounts=(),
             identity=Identity(),
             workdir="/",

@@ -66,7 +66,6 @@ class Session:
         self.logs = logs
         self.store = Store(folder / "store")
         self.base = folder / "base"
-        self.base.mkdir()
         make_base(self.base)
         self.host_directories: dict[str, tuple[Known, int]] = {}
         self._objects: dict[str, Any] = {}

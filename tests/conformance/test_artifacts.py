@@ -49,7 +49,11 @@ async def test_deep_paths_and_odd_names_come_back(task: Task) -> None:
     deep = "/".join(f"level-{n}" for n in range(100))
     name = "Grüße 🌙 'x' \"y\" -z"
     result = await task(
-        "sh", "-c", 'cd "$ARTIFACT_DIR"; mkdir -p "$0"; echo d > "$0/end"; echo n > "$1"', deep, name
+        "sh",
+        "-c",
+        'cd "$ARTIFACT_DIR"; mkdir -p "$0"; echo d > "$0/end"; echo n > "$1"',
+        deep,
+        name,
     )
 
     assert result.artifact(f"{deep}/end") == "d\n"

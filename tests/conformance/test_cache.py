@@ -10,9 +10,7 @@ async def run(task: Task, name: str, script: str = "", **fields: object) -> Resu
     return await task(*sh(count), cacheVolumes=WITNESS, **fields)
 
 
-async def reuse(
-    engine: Engine, task: Task, name: str, script: str, *, jobs: int
-) -> list[Result]:
+async def reuse(engine: Engine, task: Task, name: str, script: str, *, jobs: int) -> list[Result]:
     """Run the same task for several jobs of one repository, in one session."""
     async with engine.session() as session:
         return [

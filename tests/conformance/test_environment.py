@@ -3,7 +3,21 @@ import pytest
 from pipelines.payload import TaskContractError
 from tests.conformance.support import Task, sh
 
-ODD_TOKENS = ["", " ", "a b", "two\nlines", "$HOME", "`id`", "'", '"', "\\", "*", "Grüße 🌙", "-n", "a=b"]
+ODD_TOKENS = [
+    "",
+    " ",
+    "a b",
+    "two\nlines",
+    "$HOME",
+    "`id`",
+    "'",
+    '"',
+    "\\",
+    "*",
+    "Grüße 🌙",
+    "-n",
+    "a=b",
+]
 
 
 async def test_tokens_arrive_verbatim(task: Task) -> None:
@@ -48,7 +62,9 @@ async def test_a_name_that_shells_drop_reaches_the_command(task: Task) -> None:
 
 async def test_what_we_set_names_the_run(task: Task) -> None:
     result = await task(
-        *sh('echo "$JOB_ID $REPOSITORY"; echo "$ARTIFACT_DIR"; test -d "$ARTIFACT_DIR" && echo there'),
+        *sh(
+            'echo "$JOB_ID $REPOSITORY"; echo "$ARTIFACT_DIR"; test -d "$ARTIFACT_DIR" && echo there'
+        ),
         job_id="job-9",
         artifactsSubdir="results/unit",
     )

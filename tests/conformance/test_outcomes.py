@@ -128,7 +128,9 @@ async def test_an_image_that_does_not_exist_is_final(task: Task) -> None:
 
 
 async def test_an_image_without_a_shell_runs_too(task: Task) -> None:
-    script = "import os; print(os.path.exists('/bin/sh')); open(os.environ['ARTIFACT_DIR']+'/a','w')"
+    script = (
+        "import os; print(os.path.exists('/bin/sh')); open(os.environ['ARTIFACT_DIR']+'/a','w')"
+    )
     result = await task("python3", "-c", script, image="no-shell")
 
     assert result.log == b"False\n"

@@ -85,7 +85,9 @@ async def test_a_stopped_task_has_its_grace_and_brings_back_what_it_has(task: Ta
         await watcher.printed.wait()
         stop.set()
 
-    script = "trap 'echo saved > $ARTIFACT_DIR/saved; exit 0' TERM; echo up; while :; do sleep 0.1; done"
+    script = (
+        "trap 'echo saved > $ARTIFACT_DIR/saved; exit 0' TERM; echo up; while :; do sleep 0.1; done"
+    )
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(stop_when_it_prints)
         with anyio.fail_after(60):

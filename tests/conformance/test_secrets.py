@@ -53,9 +53,7 @@ async def test_a_secret_in_the_command_is_masked_wherever_the_command_is_shown(
 
 
 async def test_a_secret_too_short_to_mask_is_warned_about(task: Task) -> None:
-    result = await task(
-        *sh("exit 0"), secretEnv={"PIN": "env://PIN"}, secrets={"PIN": "1234"}
-    )
+    result = await task(*sh("exit 0"), secretEnv={"PIN": "env://PIN"}, secrets={"PIN": "1234"})
 
     assert any("PIN" in warning and "masked" in warning for warning in result.report.warnings)
 

@@ -32,7 +32,9 @@ async def test_a_command_that_ignores_sigterm_is_killed_after_its_grace(task: Ta
 
 
 async def test_a_grandchild_gets_sigterm_and_may_still_write_an_artifact(task: Task) -> None:
-    grandchild = "trap 'sleep 1; echo saved > $ARTIFACT_DIR/saved; exit' TERM; while :; do sleep 0.1; done"
+    grandchild = (
+        "trap 'sleep 1; echo saved > $ARTIFACT_DIR/saved; exit' TERM; while :; do sleep 0.1; done"
+    )
     result = await task(
         "sh", "-c", 'sh -c "$0" & sleep 60', grandchild, timeoutSeconds=1, gracePeriodSeconds=10
     )
