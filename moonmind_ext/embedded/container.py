@@ -54,7 +54,9 @@ _EXPECTED: dict[str, Callable[[int], bool]] = {
 class Secret(Node):
     """A value that is shown to nobody; it is known by its name."""
 
-    def __init__(self, session: Session, name: str, read: Callable[[], Awaitable[str]], uri: str = "") -> None:
+    def __init__(
+        self, session: Session, name: str, read: Callable[[], Awaitable[str]], uri: str = ""
+    ) -> None:
         super().__init__(session, f"Secret:{recipe(name, uri)}")
         self._name = name
         self._read = read
@@ -258,7 +260,9 @@ class Container(Node):
     def workdir(self) -> str:
         return self._state.workdir
 
-    def with_entrypoint(self, args: Sequence[str], *, keep_default_args: bool = False) -> "Container":
+    def with_entrypoint(
+        self, args: Sequence[str], *, keep_default_args: bool = False
+    ) -> "Container":
         default_args = self._state.default_args if keep_default_args else ()
         return self._with(entrypoint=tuple(args), default_args=default_args)
 
@@ -369,9 +373,7 @@ class Container(Node):
 
         lazy = Lazy(recipe("put", source.key, inner, other.key), compute_tree)
         changed = replace(mount, source=type(source)(self.session, lazy, source.name()))
-        return self._with(
-            mounts=tuple(changed if m is mount else m for m in self._state.mounts)
-        )
+        return self._with(mounts=tuple(changed if m is mount else m for m in self._state.mounts))
 
     def _mount_of(self, path: str) -> _LazyMount | None:
         for mount in reversed(self._state.mounts):
@@ -465,7 +467,9 @@ class Container(Node):
             command = (*state.entrypoint, *command)
         if not command:
             raise GraphQLError("no command has been set")
-        redirects = [p and self._path(p) for p in (redirect_stdin, redirect_stdout, redirect_stderr)]
+        redirects = [
+            p and self._path(p) for p in (redirect_stdin, redirect_stdout, redirect_stderr)
+        ]
         call = (command, stdin, redirects, expect)
 
         async def compute() -> Outcome:

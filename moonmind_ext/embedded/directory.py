@@ -140,7 +140,9 @@ class Directory(TreeNode):
 
         return Directory(self.session, Lazy(recipe(*operation, self.lazy.key), compute))
 
-    def _put(self, operation: str, path: str, key: object, other: Callable[[], Awaitable[Tree]]) -> "Directory":
+    def _put(
+        self, operation: str, path: str, key: object, other: Callable[[], Awaitable[Tree]]
+    ) -> "Directory":
         async def change(tree: Tree) -> Tree:
             return trees.put(tree, path, await other())
 
@@ -249,7 +251,9 @@ class Directory(TreeNode):
         async def change(tree: Tree) -> Tree:
             exact = {trees.relative(path) for path in paths}
             patterns = [path for path in exact if path not in tree]
-            matching = [found.rstrip("/") for pattern in patterns for found in trees.glob(tree, pattern)]
+            matching = [
+                found.rstrip("/") for pattern in patterns for found in trees.glob(tree, pattern)
+            ]
             return trees.without(tree, exact.union(matching) - {""})
 
         return self._change(("without", *paths), change)

@@ -8,7 +8,7 @@ import stat
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import anyio
@@ -16,12 +16,12 @@ from graphql import GraphQLError
 
 from moonmind_ext.embedded import tree as trees
 from moonmind_ext.embedded.output import STDERR, STDOUT, Capture
-from moonmind_ext.embedded.process import Command, SandboxError
+from moonmind_ext.embedded.process import Command, NotStartedError
 from moonmind_ext.embedded.root import Root, flatten, make_directories, make_layer
-from moonmind_ext.embedded.sandbox import MountOptions, find_identity, host_mounts
+from moonmind_ext.embedded.sandbox import MountOptions, assemble, find_identity, resolver
 from moonmind_ext.embedded.session import Session
 from moonmind_ext.embedded.store import Known, remove
-from moonmind_ext.embedded.tree import Entry, Tree, inside, parents, relative
+from moonmind_ext.embedded.tree import Entry, Tree, inside, relative
 
 LOCK_POLL_SECONDS = 0.05
 """How often a volume that another exec has is asked for. There is no limit to the
@@ -122,7 +122,12 @@ class ExecError(GraphQLError):
     """A command ended as it should not; says it as a real engine does."""
 
     def __init__(
-        self, args: tuple[str, ...], code: int, stdout: str = "", stderr: str = "", message: str = ""
+        self,
+        args: tuple[str, ...],
+        code: int,
+        stdout: str = "",
+        stderr: str = "",
+        message: str = "",
     ) -> None:
         super().__init__(
             message or f"exit code: {code}",
@@ -157,6 +162,7 @@ async def execute(session: Session, job: Exec) -> Outcome:
         secrets = [*job.secrets.values()]
         secrets += [m.plaintext for m in job.mounts if isinstance(m, SecretMount)]
         capture = Capture(folder, secrets, log.write)
+        code: int | None
         try:
             with capture:
                 code = await Command(
@@ -167,8 +173,11 @@ async def execute(session: Session, job: Exec) -> Outcome:
                     pass_fds=stage.descriptors,
                     write=capture.write,
                 ).run()
-        except SandboxError as error:
-            raise GraphQLError(f"{error}: {capture.end(STDERR)}") from error
+        except NotStartedError as error:
+            code = _not_started(capture.end(STDERR))
+            if code is None:
+                message = f"the sandbox could not be made: {capture.end(STDERR)}"
+                raise GraphQLError(message) from error
         except OSError as error:
             raise GraphQLError(f"running the command: {error}") from error
         finally:
@@ -176,6 +185,13 @@ async def execute(session: Session, job: Exec) -> Outcome:
         if not job.expected(code):
             raise ExecError(job.args, code, capture.end(STDOUT), capture.end(STDERR))
         return await session.in_thread(stage.collect, capture, code)
+
+
+def _not_started(said: str) -> int | None:
+    """Give a shell's exit code for a program that cannot be run; None where the sandbox failed."""
+    if not said.startswith("bwrap: execvp "):
+        return None
+    return 127 if said.endswith("No such file or directory") else 126
 
 
 @asynccontextmanager
@@ -214,7 +230,7 @@ class _Stage:
         self._marks: dict[str, Known] = {}
         self._upper = session.new_path("layer")
         self._root = Root((self._upper,), job.root.host)
-        self._points: list[Path] = []
+        self._points: list[MountOptions] = []
         self._started_ns = 0
         self.options: list[str] = []
         self.descriptors: list[int] = []
@@ -237,19 +253,20 @@ class _Stage:
                 raise ExecError(job.args, -1, message=message)
         self.stdin = self._open_stdin()
         # One writable layer of all: the kernel stacks none that is inside another, and
-        # all of them are inside `/`.
+        # all of them are inside the host's root.
         make_layer(self._upper)
         flatten(job.root.layers, self._upper, _copy_node)
-        mounts = [self._mount(index, mount) for index, mount in enumerate(job.mounts)]
+        mounts = [self._make_point(mount) for mount in map(self._mount, job.mounts)]
+        root = [MountOptions(("--bind", str(self._upper), "/"))]
         if job.root.host:
-            mounts = [*host_mounts(every=sandbox.overlay), *mounts]
-        self._make_mount_points(mounts)
+            mounts = [*map(self._make_point, resolver()), *mounts]
+            work = self._folder / "work"
+            work.mkdir()
+            root = list(assemble(self._upper, work, overlay=sandbox.overlay))
+        self._points = [m for m in (*root, *mounts) if m.makes_point]
         self._make_workdir()
-        work = self._folder / "work"
-        work.mkdir()
         self.options = sandbox.options(
-            root=self._root,
-            work=work,
+            root=root,
             mounts=mounts,
             identity=identity,
             workdir=job.workdir,
@@ -316,7 +333,7 @@ class _Stage:
             return self._session.volume(mount.volume)
         return self._folder / f"mount-{self._job.mounts.index(mount)}"
 
-    def _mount(self, index: int, mount: Mount) -> MountOptions:
+    def _mount(self, mount: Mount) -> MountOptions:
         """Make what a mount shows."""
         place = mount.path
         if self._mount_of(place, but=mount) is None:
@@ -340,26 +357,32 @@ class _Stage:
                 options = ("--perms", f"{mount.mode:o}", "--ro-bind-data", str(data), place)
                 return MountOptions(options, is_file=True)
 
-    def _make_mount_points(self, mounts: Iterable[MountOptions]) -> None:
-        """Make what mounts go over; it goes away with them."""
-        kernel = [MountOptions(("", place)) for place in ("/proc", "/dev", "/sys")]
-        for mount in [*kernel, *mounts]:
-            path = relative(mount.place)
-            if self._root.find(path) is not None:
-                continue
-            if self._mount_of(posixpath.dirname(mount.place)) is not None:
-                continue  # bubblewrap makes it there, and as with a real engine it stays.
-            for parent in parents(path):
-                if self._root.find(parent) is None:
-                    make_directories(self._root, self._upper, parent)
-                    self._points.append(self._upper / parent)
-            make_directories(self._root, self._upper, posixpath.dirname(path))
-            point = self._upper / path
-            if mount.is_file:
-                point.touch()
-            else:
-                point.mkdir()
-            self._points.append(point)
+    def _make_point(self, mount: MountOptions) -> MountOptions:
+        """Make what a mount goes over, if nothing is there."""
+        path = relative(mount.place)
+        if self._mount_of(posixpath.dirname(mount.place)) is not None:
+            return mount  # bubblewrap makes it there, and as with a real engine it stays.
+        if self._root.find(path) is not None:
+            return mount
+        make_directories(self._root, self._upper, posixpath.dirname(path))
+        if mount.is_file:
+            (self._upper / path).touch()
+        else:
+            (self._upper / path).mkdir()
+        return replace(mount, makes_point=True)
+
+    def _clear_points(self) -> None:
+        """Take away the mount points that were made, and the empty ways to them."""
+        for mount in reversed(self._points):
+            point = self._upper / relative(mount.place)
+            with suppress(OSError):  # There is something in it, or it is gone.
+                if point.is_symlink() or point.is_file():
+                    point.unlink()
+                else:
+                    point.rmdir()
+                for parent in point.relative_to(self._upper).parents[:-1]:
+                    if Root((), self._job.root.host).find(str(parent)) is None:
+                        (self._upper / parent).rmdir()
 
     def _make_workdir(self) -> None:
         path = self._job.workdir
@@ -376,9 +399,7 @@ class _Stage:
 
     def collect(self, capture: Capture, code: int) -> Outcome:
         """Take in what the command left."""
-        for point in reversed(self._points):
-            with suppress(OSError):  # It has got something in it.
-                point.rmdir() if point.is_dir() else point.unlink()
+        self._clear_points()
         after: dict[str, Tree] = {}
         for mount in self._job.mounts:
             if isinstance(mount, TreeMount) and not mount.read_only:

@@ -12,7 +12,20 @@ from moonmind_ext.embedded.root import Root, make_directories
 TEST_REGISTRY = "embedded.test"
 """The images below it exist in the embedded engine only; `.test` is reserved for such names."""
 
-_SHELLS = ("ash", "bash", "busybox", "csh", "dash", "fish", "ksh", "mksh", "rbash", "sh", "tcsh", "zsh")
+_SHELLS = (
+    "ash",
+    "bash",
+    "busybox",
+    "csh",
+    "dash",
+    "fish",
+    "ksh",
+    "mksh",
+    "rbash",
+    "sh",
+    "tcsh",
+    "zsh",
+)
 _BIN_DIRECTORIES = ("bin", "sbin", "usr/bin", "usr/sbin", "usr/local/bin", "usr/local/sbin")
 _ENTRY = '#!/bin/sh\nENTRY=yes\nexport ENTRY\nexec "$@"\n'
 

@@ -22,8 +22,8 @@ _DEATH_SECONDS = 10
 milliseconds; one stuck in the kernel (a dead network file system) is not waited for."""
 
 
-class SandboxError(Exception):
-    """The sandbox could not be made, so nothing ran."""
+class NotStartedError(Exception):
+    """The command never ran; bubblewrap has said why on the standard error."""
 
 
 @dataclass(slots=True)
@@ -68,32 +68,34 @@ class Command:
 
         Raises
         ------
-        SandboxError
-            When the sandbox could not be made.
+        NotStartedError
+            When the sandbox could not be made, or the program is not in it.
         OSError
             When its output cannot be kept, or its arguments are too long.
         """
-        done = anyio.Event()
-        codes: list[int] = []
+        ended = anyio.Event()
+        outcome: list[int | Exception] = []
 
         async def in_thread() -> None:
             # The thread ends when the process does, and that is seen to below.
             with anyio.CancelScope(shield=True):
                 try:
-                    # A thread each: what waits here is a process, not this host.
-                    codes.append(
-                        await anyio.to_thread.run_sync(self._run, limiter=CapacityLimiter(1))
-                    )
-                finally:
-                    done.set()
+                    # A limiter of its own: what waits here is a process, not this host.
+                    limiter = CapacityLimiter(1)
+                    outcome.append(await anyio.to_thread.run_sync(self._run, limiter=limiter))
+                except Exception as error:  # noqa: BLE001: raised below, without a group around it.
+                    outcome.append(error)
+            ended.set()
 
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(in_thread)
             try:
-                await done.wait()
+                await ended.wait()
             finally:
                 self._kill()
-        return codes[0]
+        if isinstance(outcome[0], Exception):
+            raise outcome[0]
+        return outcome[0]
 
     def _kill(self) -> None:
         self._killed = True
@@ -136,7 +138,7 @@ class Command:
         if code < 0:
             return 128 - code
         if b'"exit-code"' not in self._status:
-            raise SandboxError("the sandbox could not be made")
+            raise NotStartedError
         return code
 
     def _read_to_end(self, process: "subprocess.Popen[bytes]", status: int) -> None:
@@ -186,9 +188,7 @@ class Command:
             self.write(stream, chunk)
         return len(chunk)
 
-    def _read_status(
-        self, status: int, selector: selectors.BaseSelector, stack: ExitStack
-    ) -> None:
+    def _read_status(self, status: int, selector: selectors.BaseSelector, stack: ExitStack) -> None:
         """Take in what bubblewrap says: who the sandbox's first process is, and how it ended."""
         try:
             chunk = os.read(status, _READ_BYTES)

@@ -198,9 +198,7 @@ def make_base(layer: Path) -> None:
             os.setxattr(place, _OPAQUE, b"y")
 
 
-def flatten(
-    layers: Iterable[Path], target: Path, copy: Callable[[Path, Path], object]
-) -> None:
+def flatten(layers: Iterable[Path], target: Path, copy: Callable[[Path, Path], object]) -> None:
     """Make one layer of several; blocking.
 
     Parameters

@@ -8,14 +8,14 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from moonmind_ext.embedded.root import HIDDEN, Root, is_whiteout, make_base
+from moonmind_ext.embedded.root import HIDDEN, is_opaque, make_base
 from moonmind_ext.embedded.store import remove
-from moonmind_ext.embedded.tree import inside, relative
+from moonmind_ext.embedded.tree import inside, parents, relative
 
 PROBE_SECONDS = 5
 """For all tries together. A sandbox takes some ten milliseconds."""
@@ -92,10 +92,13 @@ class MountOptions:
         The last one is where it goes.
     is_file
         Whether a file is mounted, so that its mount point must be one.
+    makes_point
+        Whether the layer has nothing there, so that the mount point goes afterwards.
     """
 
     options: tuple[str, ...]
     is_file: bool = False
+    makes_point: bool = False
 
     @property
     def place(self) -> str:
@@ -122,8 +125,7 @@ class Sandbox:
     def options(
         self,
         *,
-        root: Root,
-        work: Path,
+        root: Iterable[MountOptions],
         mounts: Iterable[MountOptions],
         identity: Identity,
         workdir: str,
@@ -134,11 +136,8 @@ class Sandbox:
         Parameters
         ----------
         root
-            With one layer; what the command writes goes there.
-        work
-            An empty directory on the file system of that layer.
+            What makes `/`; see `assemble`.
         """
-        mounts = list(mounts)
         options = ["--unshare-pid", "--unshare-ipc", "--unshare-uts", "--hostname", "dagger"]
         options += ["--die-with-parent", "--new-session"]
         if os.geteuid() or identity.uid or identity.gid:
@@ -147,85 +146,85 @@ class Sandbox:
         else:
             options += ["--cap-drop", "ALL"]
             options += chain.from_iterable(("--cap-add", name) for name in _CAPABILITIES)
-        (layer,) = root.layers
-        if not root.host:
-            options += ["--bind", str(layer), "/"]
-        elif self.overlay:
-            options += ["--overlay-src", "/", "--overlay", str(layer), str(work), "/"]
-        else:
-            needed = [relative(mount.place) for mount in mounts]
-            options += chain.from_iterable(_assemble(layer, "", needed))
+        options += chain.from_iterable(mount.options for mount in root)
         options += ["--proc", "/proc", "--dev", "/dev", "--ro-bind-try", "/sys", "/sys"]
         options += chain.from_iterable(mount.options for mount in mounts)
-        if root.host and not self.overlay:
-            options += ["--remount-ro", "/"]
         options += ["--chdir", workdir]
         for name, value in environment.items():
             options += ["--setenv", name, value]
         return options
 
 
-def _assemble(layer: Path, path: str, needed: Sequence[str]) -> Iterator[list[str]]:
-    """Put a root together without overlayfs.
+def assemble(layer: Path, work: Path, *, overlay: bool) -> Iterator[MountOptions]:
+    """Put the host's root together with a layer that is bound as `/`; blocking.
 
-    What the layer has and the host has not is bound writable, what only the host has
-    read-only, and a directory of both, or one in which a mount point is to be made,
-    is gone through.
-    """
-    ours, theirs = layer / path, Path("/", path)
-    names = {name for side in (ours, theirs) if side.is_dir() for name in os.listdir(side)}
-    for name in sorted(names):
-        inner = f"{path}/{name}" if path else name
-        node, host, place = ours / name, theirs / name, f"/{inner}"
-        in_layer = os.path.lexists(node)
-        if inner in _KERNEL or (in_layer and is_whiteout(node.lstat())):
-            continue
-        on_host = inner not in HIDDEN and os.path.lexists(host)
-        source = node if in_layer else host
-        if source.is_symlink():
-            yield ["--symlink", os.readlink(source), place]
-        elif on_host and host.is_dir() and (in_layer or _lacks(host, inner, needed)):
-            yield ["--perms", f"{stat.S_IMODE(source.stat().st_mode):o}", "--dir", place]
-            yield from _assemble(layer, inner, needed)
-        elif in_layer:
-            yield ["--bind", str(node), place]
-        elif on_host and os.access(host, os.R_OK):
-            yield ["--ro-bind", str(host), place]
-
-
-def _lacks(host: Path, path: str, needed: Iterable[str]) -> bool:
-    """Whether a mount point below a directory of the host is still to be made."""
-    below = [target for target in needed if inside(target, path)]
-    return any(not os.path.lexists(host / target[len(path) + 1 :]) for target in below)
-
-
-def host_mounts(*, every: bool) -> list[MountOptions]:
-    """Bind what the host's root does not show by itself, read-only.
+    Each directory of the host is one overlay, where there may be overlays, or is
+    bound read-only. One overlay of all is not to be had: the kernel refuses it to
+    user namespaces, since other file systems are mounted in it. Directories that
+    hold such, and without overlays those that the layer has too, are gone through.
 
     Parameters
     ----------
-    every
-        Whether file systems mounted below `/` are missing too, as in an overlay of it;
-        else only name resolution, whose file often is a link to somewhere below /run.
-        What is `HIDDEN` stays so on a disk of its own too.
+    work
+        An empty directory on the file system of the layer.
     """
-    found: list[str] = []
-    if every:
-        for line in Path("/proc/self/mountinfo").read_text().splitlines():
-            # A blank is written \040.
-            path = re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), line.split()[4])
-            apart = (*_KERNEL, *HIDDEN, *(relative(mount) for mount in found))
-            here = relative(path)
-            if here and not any(here == other or inside(here, other) for other in apart):
-                found.append(path)
-    resolver = os.path.realpath("/etc/resolv.conf")
-    if any(inside(relative(resolver), hidden) for hidden in HIDDEN):
-        found.append(resolver)
-    return [
-        MountOptions(("--ro-bind", path, path), is_file=not Path(path).is_dir())
-        for path in found
-        if os.access(path, os.R_OK)
-    ]
+    yield MountOptions(("--bind", str(layer), "/"))
+    mounted = _host_mounts()
+    around = {parent for path in mounted for parent in parents(path)}
+    todo = [""]
+    while todo:
+        path = todo.pop()
+        for name in os.listdir(Path("/", path)):  # noqa: PTH208
+            inner = f"{path}/{name}" if path else name
+            host, node = Path("/", inner), layer / inner
+            in_layer = os.path.lexists(node)
+            is_directory = host.is_dir() and not host.is_symlink()
+            if inner in HIDDEN or inner in _KERNEL or not os.access(host, os.R_OK):
+                continue
+            if in_layer and (not is_directory or not _shows_host(node)):
+                continue
+            options: tuple[str, ...]
+            if is_directory and (inner in around or (in_layer and not overlay)):
+                options = () if in_layer else ("--dir",)
+                todo.append(inner)
+            elif is_directory and overlay and inner not in mounted:
+                scratch = work / inner.replace("/", "-")
+                scratch.mkdir()
+                node.mkdir(exist_ok=True)
+                shutil.copymode(host, node)
+                options = ("--overlay-src", str(host), "--overlay", str(node), str(scratch))
+            elif host.is_symlink():
+                options = ("--symlink", os.readlink(host))
+            else:
+                options = ("--ro-bind", str(host))
+            if options:
+                yield MountOptions((*options, f"/{inner}"), not is_directory, not in_layer)
+
+
+def _shows_host(node: Path) -> bool:
+    """Whether what the host has at the place of a layer's node is seen through it."""
+    status = node.lstat()
+    return stat.S_ISDIR(status.st_mode) and not is_opaque(node)
+
+
+def _host_mounts() -> set[str]:
+    """Name the mount points of this host, relative to its root."""
+    # A blank in a path is written \040.
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    paths = (re.sub(r"\\(\d{3})", _from_octal, line.split()[4]) for line in lines)
+    return {path for path in map(relative, paths) if path}
+
+
+def _from_octal(code: re.Match[str]) -> str:
+    return chr(int(code[1], 8))
+
+
+def resolver() -> list[MountOptions]:
+    """Bind the file for name resolution, where it is a link to somewhere that is hidden."""
+    path = os.path.realpath("/etc/resolv.conf")
+    if not any(inside(relative(path), hidden) for hidden in HIDDEN):
+        return []
+    return [MountOptions(("--ro-bind-try", path, path), is_file=True)]
 
 
 @functools.cache
@@ -252,10 +251,10 @@ def find_sandbox(state_dir: Path) -> "Sandbox | str":
     for overlay in (True, False):
         for program in programs:
             sandbox = Sandbox(program, overlay)
-            answer = _try(sandbox, state_dir)
-            if answer is None:
+            answers = [_try(sandbox, state_dir, who) for who in (Identity(), Identity(1000, 1000))]
+            problem = next(filter(None, answers), "")
+            if not problem:
                 return sandbox
-            problem = answer
     return f"bubblewrap cannot make a sandbox here ({problem}). {_advice()}"
 
 
@@ -273,7 +272,7 @@ def _bwraps() -> Iterator[str]:
         return
 
 
-def _try(sandbox: Sandbox, state_dir: Path) -> str | None:
+def _try(sandbox: Sandbox, state_dir: Path, identity: Identity) -> str | None:
     """Run `true`; give the last line of what went wrong."""
     state_dir.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="probe-", dir=state_dir))
@@ -282,10 +281,9 @@ def _try(sandbox: Sandbox, state_dir: Path) -> str | None:
         make_base(layer)
         work.mkdir()
         options = sandbox.options(
-            root=Root((layer,), host=True),
-            work=work,
+            root=assemble(layer, work, overlay=sandbox.overlay),
             mounts=(),
-            identity=Identity(),
+            identity=identity,
             workdir="/",
             environment={"PATH": os.defpath},
         )
@@ -296,7 +294,7 @@ def _try(sandbox: Sandbox, state_dir: Path) -> str | None:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=PROBE_SECONDS / 4,
+            timeout=PROBE_SECONDS / 8,
             check=False,
             env={},
         )

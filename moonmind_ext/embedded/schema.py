@@ -23,7 +23,7 @@ from graphql import (
 )
 from graphql.validation import FieldsOnCorrectTypeRule
 
-SDL = '''
+SDL = """
 interface Node { id: ID! }
 
 type Query {
@@ -209,7 +209,7 @@ type Stat implements Node {
 type Secret implements Node { id: ID! name: String! plaintext: String! }
 type CacheVolume implements Node { id: ID! }
 type EnvVariable implements Node { id: ID! name: String! value: String! }
-'''
+"""
 
 
 class KnownFieldsRule(ValidationRule):
@@ -261,8 +261,8 @@ async def answer(
     return dict(result.formatted)
 
 
-def _resolve(source: Any, info: GraphQLResolveInfo, **arguments: Any) -> Any:
-    value = getattr(source, python_name(info.field_name))
+def _resolve(parent: Any, info: GraphQLResolveInfo, /, **arguments: Any) -> Any:
+    value = getattr(parent, python_name(info.field_name))
     if not callable(value):
         return value
     return value(**{python_name(name): argument for name, argument in arguments.items()})

@@ -113,7 +113,10 @@ async def _run(
 ) -> None:
     """Hold everything open until the engine ends: in its own time, or by `kill`."""
     try:
-        async with asgi.serve(app) as port, open_session(state_dir, sandbox, logs_endpoint) as session:
+        async with (
+            asgi.serve(app) as port,
+            open_session(state_dir, sandbox, logs_endpoint) as session,
+        ):
             app.session = session
             task_status.started(port)
             await stopped.wait()

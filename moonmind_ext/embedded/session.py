@@ -80,9 +80,7 @@ class Session:
         """Evaluate; what was evaluated once is only looked up."""
         return await self._once.get(lazy.key, lazy.compute)
 
-    async def in_thread(
-        self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
-    ) -> T:
+    async def in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run something that blocks for files."""
         call = partial(function, *args, **kwargs)
         return await anyio.to_thread.run_sync(call, limiter=self._threads)

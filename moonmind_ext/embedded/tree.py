@@ -177,9 +177,7 @@ def listing(tree: Tree, root: str = "") -> list[str]:
     """Name what is directly in a directory; directories end with a slash."""
     cut = len(root) + 1 if root else 0
     return sorted(
-        shown(tree, path)[cut:]
-        for path in tree
-        if inside(path, root) and "/" not in path[cut:]
+        shown(tree, path)[cut:] for path in tree if inside(path, root) and "/" not in path[cut:]
     )
 
 
