@@ -277,7 +277,8 @@ def _run_job(job: _Job, engine: EngineChoice, open_seconds: float, *, as_json: b
     if report is None:
         raise _ExitError(EXIT_INTERRUPTED, "interrupted")
     observer.report(report)
-    console.print(closing_table(report, job.output, job.plan.artifacts_subdir))
+    for line in closing_table(report, job.output, job.plan.artifacts_subdir):
+        console.print(line, highlight=False)
     return _exit_code(report)
 
 
@@ -445,3 +446,7 @@ def _warn_of_payload(payload: TaskPayload) -> None:
 
 def _say(message: str) -> None:
     print(f"moonmind-ext: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

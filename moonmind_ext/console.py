@@ -2,13 +2,14 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
-from rich.table import Table
+from rich.text import Text
 
 from moonmind_ext.run.events import LOG, Event, Phase
 from pipelines.report import Outcome, RunReport
@@ -85,34 +86,40 @@ class ConsoleObserver:
             self._stdout = None
 
 
-def closing_table(report: RunReport, output: Path, artifacts_subdir: str) -> Table:
-    """Say in a few lines how a run ended and where its files are."""
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="dim")
-    table.add_column(overflow="fold")
+def closing_table(report: RunReport, output: Path, artifacts_subdir: str) -> Iterator[str]:
+    """Say in a few lines how a run ended and where its files are.
+
+    Yields
+    ------
+    str
+        A line of rich's markup. Not a table of rich's: that would fold paths, which
+        people copy and programs read.
+    """
     style = "green" if report.outcome is Outcome.SUCCEEDED else "bold red"
-    table.add_row("outcome", f"[{style}]{report.outcome}[/]")
-    if report.exit_code is not None:
-        table.add_row("exit code", str(report.exit_code))
-    if report.error:
-        table.add_row("error", escape(report.error))
-    table.add_row("time", f"{report.duration_seconds:.2f} s{' (from the cache)' * report.cached}")
-    table.add_row("engine", f"{report.engine.kind} {report.engine.version}")
     folder = output / artifacts_subdir
     size = sum(file.bytes for file in report.artifacts.files)
-    table.add_row("artifacts", f"{len(report.artifacts.files)} ({size:,} bytes) in {folder}")
-    table.add_row("log", str(folder / "logs" / "runner.log"))
-    table.add_row("report", str(folder / "metadata" / "run.json"))
+    rows = [("outcome", f"[{style}]{report.outcome}[/]")]
+    if report.exit_code is not None:
+        rows.append(("exit code", str(report.exit_code)))
+    if report.error:
+        rows.append(("error", escape(report.error)))
+    cached = " (from the cache)" if report.cached else ""
+    rows += [
+        ("time", f"{report.duration_seconds:.2f} s{cached}"),
+        ("engine", f"{report.engine.kind} {report.engine.version}"),
+        ("artifacts", escape(f"{len(report.artifacts.files)} ({size:,} bytes) in {folder}")),
+        ("log", escape(str(folder / "logs" / "runner.log"))),
+        ("report", escape(str(folder / "metadata" / "run.json"))),
+    ]
+    refused = dict(report.artifacts.refused)
     back = report.workspace.written_back if report.workspace else None
     if back is not None:
-        counts = (
-            f"{len(back.added)} added, {len(back.modified)} changed, {len(back.removed)} removed"
-        )
-        table.add_row("workspace", counts)
-        for path, reason in back.refused.items():
-            table.add_row("refused", escape(f"{path} {reason}"))
-    for path, reason in report.artifacts.refused.items():
-        table.add_row("refused", escape(f"{path} {reason}"))
-    for warning in report.warnings:
-        table.add_row("[yellow]warning[/]", escape(warning))
-    return table
+        counts = (len(back.added), len(back.modified), len(back.removed))
+        rows.append(("workspace", "{} added, {} changed, {} removed".format(*counts)))
+        refused |= back.refused
+    rows += [("refused", escape(f"{path} {reason}")) for path, reason in refused.items()]
+    rows += [("[yellow]warning[/]", escape(warning)) for warning in report.warnings]
+    for title, value in rows:
+        # Markup takes no room on the screen.
+        width = 11 + len(title) - len(Text.from_markup(title))
+        yield f"{title:<{width}}{value}"

@@ -1,15 +1,20 @@
 """Containers, as the API has them.
 
-Public methods are the schema's fields, in Python's spelling; the schema says what
-each is for. A container is a value: every method gives another one, and nothing
-runs before something is asked for that only the run can tell.
+Public methods are the schema's fields, in Python's spelling, and Dagger's reference
+says what each is for. A container is a value: every method gives another one, and
+nothing runs before something is asked for that only the run can tell.
+
+An `owner` is accepted and changes nothing: whoever a command runs as owns every
+file that it is given.
 """
+
+# ruff: noqa: ARG002, D102, PLR0913
 
 import re
 import stat
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from posixpath import join, normpath
+from posixpath import basename, join, normpath
 from typing import Any
 
 from graphql import GraphQLError
@@ -93,12 +98,20 @@ class _LazyTree:
     source: TreeNode
     read_only: bool = False
 
+    @property
+    def key(self) -> object:
+        return self.path, self.source.key, self.read_only
+
 
 @dataclass(frozen=True, slots=True)
 class _LazySecret:
     path: str
     secret: Secret
     mode: int
+
+    @property
+    def key(self) -> object:
+        return self.path, self.secret.key, self.mode
 
 
 _LazyMount = _LazyTree | CacheMount | TempMount | _LazySecret
@@ -130,26 +143,22 @@ class State:
 
     def key(self) -> str:
         """What the container is by, for the cache: no volatile variable, no secret value."""
-        mounts = [
-            replace(mount, source=mount.source.key)  # type: ignore[arg-type]
-            if isinstance(mount, _LazyTree)
-            else replace(mount, secret=mount.secret.key)  # type: ignore[arg-type]
-            if isinstance(mount, _LazySecret)
-            else mount
-            for mount in self.mounts
-        ]
         return recipe(
             self.root.key,
             self.address,
-            mounts,
+            [mount.key for mount in self.mounts],
             self.variables,
-            [(name, secret.key) for name, secret in self.secrets],
+            self.secret_keys(),
             self.user,
             self.workdir,
             self.entrypoint,
             self.default_args,
             self.ran and self.ran.key,
         )
+
+    def secret_keys(self) -> list[tuple[str, str]]:
+        """What the secret variables are by: their names, never their values."""
+        return [(name, secret.key) for name, secret in self.secrets]
 
 
 async def _scratch() -> Root:
@@ -402,11 +411,13 @@ class Container(Node):
 
     def directory(self, path: str) -> Directory:
         lazy = self._read(path, wants_directory=True)
-        return Directory(self.session, lazy, trees.relative(path).rpartition("/")[2] + "/")
+        mount = self._mount_of(self._path(path))
+        inner = self._path(path)[len(mount.path) :] if mount else path
+        return Directory(self.session, lazy, f"{basename(inner)}/")
 
     def file(self, path: str) -> File:
         lazy = self._read(path, wants_directory=False)
-        return File(self.session, lazy, trees.relative(path).rpartition("/")[2])
+        return File(self.session, lazy, basename(path))
 
     def _read(self, path: str, *, wants_directory: bool) -> Lazy[Tree]:
         path = self._path(path)
@@ -494,14 +505,13 @@ class Container(Node):
             contents = [
                 (mount.path, mount.read_only, trees.digest(mount.tree))
                 if isinstance(mount, TreeMount)
-                else (lazy.path, lazy.secret.key, lazy.mode)
-                if isinstance(lazy, _LazySecret)
-                else mount
+                else lazy.key
                 for mount, lazy in zip(mounts, state.mounts, strict=True)
             ]
-            names = [(name, secret.key) for name, secret in state.secrets]
-            same = (root, state.address, contents, state.variables, names, state.user, job.workdir)
-            content = Lazy(recipe("run", *same, *call), lambda: execute(self.session, job))
+            same = (root, state.address, contents, state.variables, state.secret_keys(), state.user)
+            content = Lazy(
+                recipe("run", *same, job.workdir, *call), lambda: execute(self.session, job)
+            )
             return await self.session.get(content)
 
         ran = Lazy(recipe("withExec", state.key(), *call), compute)

@@ -1,20 +1,27 @@
 """Directories, files and changesets, as the API has them.
 
-Public methods are the schema's fields, in Python's spelling; the schema says what
-each is for. An object is a recipe: it is worked out when somebody asks for
+Public methods are the schema's fields, in Python's spelling, and Dagger's reference
+says what each is for. An object is a recipe: it is worked out when somebody asks for
 something that needs it.
+
+An `owner` is accepted and changes nothing: whoever a command runs as owns every
+file that it is given.
 """
+
+# ruff: noqa: ARG002, D102, PLR0913
 
 import os
 import stat
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from posixpath import basename
 from typing import Self
 
 from graphql import GraphQLError
 
-from moonmind_ext.embedded import filters, tree as trees
+from moonmind_ext.embedded import filters
+from moonmind_ext.embedded import tree as trees
 from moonmind_ext.embedded.filters import Filter
 from moonmind_ext.embedded.output import read_text
 from moonmind_ext.embedded.session import Lazy, Session, recipe
@@ -174,7 +181,7 @@ class Directory(TreeNode):
         key = trees.resolve(tree, path, follow_last=not do_not_follow_symlinks)
         if key is None:
             raise missing(path)
-        return Stat(self.session, f"Stat:{self.key}:{key}", key.rpartition("/")[2], tree[key])
+        return Stat(self.session, f"Stat:{self.key}:{key}", basename(key), tree[key])
 
     async def digest(self) -> str:
         return trees.digest(await self.tree())
@@ -183,9 +190,8 @@ class Directory(TreeNode):
         async def compute() -> Tree:
             return find(await self.tree(), path, wants_directory=True)
 
-        name = trees.relative(path).rpartition("/")[2]
         lazy = Lazy(recipe("directory", path, self.lazy.key), compute)
-        return Directory(self.session, lazy, f"{name}/")
+        return Directory(self.session, lazy, f"{basename(trees.relative(path))}/")
 
     async def file(self, path: str) -> "File":
         async def compute() -> Tree:
@@ -193,7 +199,7 @@ class Directory(TreeNode):
 
         lazy = Lazy(recipe("file", path, self.lazy.key), compute)
         await self.session.get(lazy)
-        return File(self.session, lazy, trees.relative(path).rpartition("/")[2])
+        return File(self.session, lazy, basename(path))
 
     def with_directory(
         self,
@@ -269,7 +275,7 @@ class Directory(TreeNode):
             texts = {
                 path: self.session.store.path(entry.content)
                 for path, entry in tree.items()
-                if entry.is_file and path.rpartition("/")[2] == filters.GITIGNORE
+                if entry.is_file and basename(path) == filters.GITIGNORE
             }
             read = {path: Path(place).read_text(errors="replace") for path, place in texts.items()}
             return filters.apply(tree, wanted, read)

@@ -6,7 +6,7 @@ import posixpath
 import shutil
 import stat
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,6 +51,11 @@ class CacheMount:
     volume: str
     alone: bool = False
 
+    @property
+    def key(self) -> object:
+        """What it is by, for the cache; its content does not count."""
+        return self.path, self.volume, self.alone
+
 
 @dataclass(frozen=True, slots=True)
 class TempMount:
@@ -58,6 +63,11 @@ class TempMount:
 
     path: str
     size: int | None = None
+
+    @property
+    def key(self) -> object:
+        """What it is by, for the cache."""
+        return self.path, self.size
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,8 +255,8 @@ class _Stage:
         job, sandbox = self._job, self._session.sandbox
         try:
             identity = find_identity(job.user)
-        except KeyError as error:
-            raise ExecError(job.args, -1, message=f"get user: {error.args[0]}") from error
+        except LookupError as error:
+            raise ExecError(job.args, -1, message=f"get user: {error}") from error
         for path in (job.redirect_stdout, job.redirect_stderr):
             if path and not self._can_hold(path):
                 message = f"open redirect file: open {path}: no such file or directory"
@@ -264,7 +274,7 @@ class _Stage:
             work.mkdir()
             root = list(assemble(self._upper, work, overlay=sandbox.overlay))
         self._points = [m for m in (*root, *mounts) if m.makes_point]
-        self._make_workdir()
+        mounts += [*self._make_directory(identity.home), *self._make_directory(job.workdir)]
         self.options = sandbox.options(
             root=root,
             mounts=mounts,
@@ -272,6 +282,9 @@ class _Stage:
             workdir=job.workdir,
             environment={"HOME": identity.home, **job.environment, **job.secrets},
         )
+        if any("\0" in text for text in (*self.options, *job.args)):
+            # It would end an option, and what comes after it would be one.
+            raise ExecError(job.args, -1, message="a NUL character cannot be given to a command")
         self._started_ns = time.time_ns()
 
     def _can_hold(self, path: str) -> bool:
@@ -315,7 +328,7 @@ class _Stage:
         """Keep text where no disk sees it; it is read from the beginning."""
         descriptor = os.memfd_create(name)
         self._closing.callback(os.close, descriptor)
-        with open(descriptor, "wb", closefd=False) as file:  # noqa: PTH123
+        with open(descriptor, "wb", closefd=False) as file:
             file.write(text.encode(errors="surrogateescape"))
         os.lseek(descriptor, 0, os.SEEK_SET)
         return descriptor
@@ -364,11 +377,12 @@ class _Stage:
             return mount  # bubblewrap makes it there, and as with a real engine it stays.
         if self._root.find(path) is not None:
             return mount
-        make_directories(self._root, self._upper, posixpath.dirname(path))
         if mount.is_file:
+            make_directories(self._root, self._upper, posixpath.dirname(path))
+            (self._upper / path).unlink(missing_ok=True)
             (self._upper / path).touch()
         else:
-            (self._upper / path).mkdir()
+            make_directories(self._root, self._upper, path)
         return replace(mount, makes_point=True)
 
     def _clear_points(self) -> None:
@@ -384,18 +398,15 @@ class _Stage:
                     if Root((), self._job.root.host).find(str(parent)) is None:
                         (self._upper / parent).rmdir()
 
-    def _make_workdir(self) -> None:
-        path = self._job.workdir
+    def _make_directory(self, path: str) -> list[MountOptions]:
+        """Make a directory that a command may take for granted, if it is missing."""
         mounted = self._mount_of(path)
-        if mounted is None:
-            if self._root.find(path) is None:
-                make_directories(self._root, self._upper, self._root.place(path))
-            return
-        inner = path[len(mounted.path) :]
-        if isinstance(mounted, CacheMount) or (
-            isinstance(mounted, TreeMount) and trees.resolve(mounted.tree, inner) is None
-        ):
-            (self._source(mounted) / relative(inner)).mkdir(parents=True, exist_ok=True)
+        if mounted is not None:
+            # Only bubblewrap sees where links in there lead.
+            return [MountOptions(("--dir", path))]
+        if self._root.find(path) is None:
+            make_directories(self._root, self._upper, self._root.place(path))
+        return []
 
     def collect(self, capture: Capture, code: int) -> Outcome:
         """Take in what the command left."""

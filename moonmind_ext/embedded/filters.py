@@ -28,18 +28,23 @@ class Filter:
         return not (self.include or self.exclude or self.gitignore)
 
 
+EVERYTHING = Filter()
+
+
 class Selection:
-    """One walk through a directory, parents before what is in them."""
+    """One walk through a directory, parents before what is in them.
+
+    Attributes
+    ----------
+    reads_ignore_files
+        Whether `add_ignore_file` is to be called.
+    """
 
     def __init__(self, wanted: Filter) -> None:
         self._include = _Patterns(wanted.include)
         self._exclude = _Patterns(wanted.exclude)
-        self._gitignore = wanted.gitignore
+        self.reads_ignore_files = wanted.gitignore
         self._rules: list[_IgnoreRule] = []
-
-    def reads_ignore_files(self) -> bool:
-        """Whether `add_ignore_file` wants to be told."""
-        return self._gitignore
 
     def add_ignore_file(self, directory: str, text: str) -> None:
         """Take in a directory's .gitignore, before anything in that directory is asked for."""
@@ -88,7 +93,7 @@ def apply(tree: Tree, wanted: Filter, ignore_files: dict[str, str]) -> Tree:
                 pruned.add(path)
                 continue
             ignore_file = f"{path}/{GITIGNORE}" if path else GITIGNORE
-            if ignore_file in ignore_files:
+            if selection.reads_ignore_files and ignore_file in ignore_files:
                 selection.add_ignore_file(path, ignore_files[ignore_file])
         if path and selection.takes(path, is_directory=is_directory):
             kept.append(path)

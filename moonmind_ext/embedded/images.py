@@ -126,7 +126,7 @@ def _with_home(root: Root, layer: Path) -> None:
     make_directories(root, layer, "home/app")
 
 
-def _with_entry(root: Root, layer: Path) -> None:
+def _with_entry(_: Root, layer: Path) -> None:
     (layer / "entry").write_text(_ENTRY)
     (layer / "entry").chmod(0o755)
 

@@ -80,8 +80,8 @@ class Once:
                 try:
                     flight.result = self._answers[key] = await compute()
                     flight.error = None
-                except Exception as error:  # noqa: BLE001: it is raised where it is waited for.
-                    flight.error = error
+                except Exception as error:  # noqa: BLE001
+                    flight.error = error  # It is raised where it is waited for.
         finally:
             self._forget(key, flight)
             flight.landed.set()

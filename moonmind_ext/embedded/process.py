@@ -6,7 +6,7 @@ import selectors
 import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import anyio
 import anyio.to_thread
@@ -56,7 +56,7 @@ class Command:
     _process: "subprocess.Popen[bytes] | None" = None
     _killed: bool = False
     _status: bytes = b""
-    _init: int | None = field(default=None)
+    _init: int | None = None
 
     async def run(self) -> int:
         """Run it; when cancelled, everything in the sandbox is killed first.
@@ -83,7 +83,8 @@ class Command:
                     # A limiter of its own: what waits here is a process, not this host.
                     limiter = CapacityLimiter(1)
                     outcome.append(await anyio.to_thread.run_sync(self._run, limiter=limiter))
-                except Exception as error:  # noqa: BLE001: raised below, without a group around it.
+                except Exception as error:  # noqa: BLE001
+                    # Raised below, without a group around it.
                     outcome.append(error)
             ended.set()
 
@@ -104,11 +105,11 @@ class Command:
                 self._process.kill()
 
     def _run(self) -> int:
-        """Start, read and wait, all in one thread: bubblewrap dies with the thread that started it."""
+        """Start, read and wait in one thread: bubblewrap dies with the one that started it."""
         with ExitStack() as stack:
             options = os.memfd_create("options")
             stack.callback(os.close, options)
-            with open(options, "wb", closefd=False) as file:  # noqa: PTH123
+            with open(options, "wb", closefd=False) as file:
                 file.write(b"".join(os.fsencode(option) + b"\0" for option in self.options))
             os.lseek(options, 0, os.SEEK_SET)
             status, status_end = os.pipe()
@@ -142,62 +143,52 @@ class Command:
         return code
 
     def _read_to_end(self, process: "subprocess.Popen[bytes]", status: int) -> None:
+        """Read all there is until every process of the sandbox is dead."""
         assert process.stdout is not None
         assert process.stderr is not None
         with selectors.DefaultSelector() as selector, ExitStack() as stack:
-            streams: dict[int, tuple[int, int]] = {}
-            for pipe, stream in ((process.stdout, STDOUT), (process.stderr, STDERR)):
-                fd = pipe.fileno()
-                os.set_blocking(fd, False)
-                selector.register(fd, selectors.EVENT_READ)
-                streams[fd] = (fd, stream)
-            os.set_blocking(status, False)
-            selector.register(status, selectors.EVENT_READ)
+            streams = {process.stdout.fileno(): STDOUT, process.stderr.fileno(): STDERR}
             ended = os.pidfd_open(process.pid)
             stack.callback(os.close, ended)
-            selector.register(ended, selectors.EVENT_READ)
+            for fd in (*streams, status, ended):
+                selector.register(fd, selectors.EVENT_READ)
+            for fd in (*streams, status):
+                os.set_blocking(fd, False)
 
-            running = True
-            while running:
-                for key, _ in selector.select():
-                    if key.fd == ended:
-                        running = False
-                    elif key.fd == status:
-                        self._read_status(status, selector, stack)
-                    elif self._read(*streams[key.fd]) == 0:
-                        selector.unregister(key.fileobj)
+            ready: set[int] = set()
+            while ended not in ready:
+                ready = {key.fd for key, _ in selector.select()}
+                for fd in ready - {ended}:
+                    if self._read(fd, streams.get(fd)) == 0:
+                        selector.unregister(fd)
+                    if self._init is None and fd == status:
+                        self._init = self._open_init(stack)
             # With its first process all of a PID namespace dies; then what is in the
             # pipes is all that there will be, whoever held them open.
-            if status in selector.get_map():
-                self._read_status(status, selector, stack)
             if self._init is not None:
                 with selectors.DefaultSelector() as last:
                     last.register(self._init, selectors.EVENT_READ)
                     last.select(_DEATH_SECONDS)
-            for fd, stream in streams.values():
-                while self._read(fd, stream):
+            for fd in (*streams, status):
+                while self._read(fd, streams.get(fd)):
                     pass
 
-    def _read(self, fd: int, stream: int) -> int | None:
-        """Pass on what is in a pipe; give its length, 0 at the end, None when there is nothing yet."""
+    def _read(self, fd: int, stream: int | None) -> int | None:
+        """Take what is in a pipe: its length, 0 at the end, None when there is nothing yet."""
         try:
             chunk = os.read(fd, _READ_BYTES)
         except BlockingIOError:
             return None
-        if chunk:
+        if stream is None:
+            self._status += chunk
+        elif chunk:
             self.write(stream, chunk)
         return len(chunk)
 
-    def _read_status(self, status: int, selector: selectors.BaseSelector, stack: ExitStack) -> None:
-        """Take in what bubblewrap says: who the sandbox's first process is, and how it ended."""
-        try:
-            chunk = os.read(status, _READ_BYTES)
-        except BlockingIOError:
-            return
-        if not chunk:
-            selector.unregister(status)
-        self._status += chunk
-        for line in chunk.splitlines():
-            with suppress(ValueError, KeyError, ProcessLookupError):
-                self._init = os.pidfd_open(json.loads(line)["child-pid"])
-                stack.callback(os.close, self._init)
+    def _open_init(self, stack: ExitStack) -> int | None:
+        """Get hold of the sandbox's first process, which bubblewrap names at the beginning."""
+        with suppress(ValueError, KeyError, ProcessLookupError):
+            init = os.pidfd_open(json.loads(self._status.splitlines()[0])["child-pid"])
+            stack.callback(os.close, init)
+            return init
+        return None

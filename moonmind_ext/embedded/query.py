@@ -1,7 +1,10 @@
 """Where every query begins, and this host.
 
-Public methods are the schema's fields, in Python's spelling.
+Public methods are the schema's fields, in Python's spelling, and Dagger's reference
+says what each is for.
 """
+
+# ruff: noqa: D102
 
 import os
 import secrets
@@ -11,6 +14,7 @@ from pathlib import Path
 
 from graphql import GraphQLError
 
+from moonmind_ext.embedded import tree as trees
 from moonmind_ext.embedded.container import CacheVolume, Container, Secret
 from moonmind_ext.embedded.directory import (
     Directory,
@@ -23,14 +27,14 @@ from moonmind_ext.embedded.directory import (
 )
 from moonmind_ext.embedded.filters import Filter
 from moonmind_ext.embedded.session import Lazy, Session, recipe
-from moonmind_ext.embedded.tree import EMPTY, Tree
+from moonmind_ext.embedded.tree import Tree
 
 VERSION = "v0.21.8"
 """Of the engine whose behaviour this one has."""
 
 
 class Host(Node):
-    """This host."""
+    """The host that the engine runs on."""
 
     def __init__(self, session: Session) -> None:
         super().__init__(session, "Host:")
@@ -104,7 +108,7 @@ class Query:
 
     def directory(self) -> Directory:
         async def compute() -> Tree:
-            return EMPTY
+            return {"": trees.directory()}
 
         return Directory(self._session, Lazy(recipe("empty"), compute))
 
@@ -138,7 +142,7 @@ class Query:
                     return os.environ[place]
                 return await self._session.in_thread(host_path(place).read_text)
             except KeyError:
-                raise GraphQLError(f"secret env var not found: {place[:3]!r}...") from None
+                raise GraphQLError(f'secret env var not found: "{place[:3]}..."') from None
             except (OSError, ValueError) as error:
                 raise GraphQLError(f"secret {uri}: {type(error).__name__}") from error
 
@@ -148,5 +152,5 @@ class Query:
             )
         return Secret(self._session, "", read, uri)
 
-    def node(self, id: str) -> object:  # noqa: A002: the schema's name.
+    def node(self, id: str) -> object:  # noqa: A002
         return load(self._session, id)

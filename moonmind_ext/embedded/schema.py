@@ -261,7 +261,7 @@ async def answer(
     return dict(result.formatted)
 
 
-def _resolve(parent: Any, info: GraphQLResolveInfo, /, **arguments: Any) -> Any:
+def _resolve(parent: Any, info: "GraphQLResolveInfo[Any]", /, **arguments: Any) -> Any:
     value = getattr(parent, python_name(info.field_name))
     if not callable(value):
         return value

@@ -46,18 +46,19 @@ class EmbeddedEngine:
         Of Dagger, as it answers it.
     """
 
-    def __init__(self, port: int, token: str, kill: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, port: int, app: "_App") -> None:
         self.port = port
-        self.token = token
+        self.token = app.token
         self.version = VERSION
-        self._kill = kill
+        self._app = app
 
     async def kill(self) -> None:
         """End at once, as a SIGKILL ends a real engine.
 
         Commands die, connections break, and nothing answers any more.
         """
-        await self._kill()
+        self._app.die()
+        await self._app.gone.wait()
 
 
 @asynccontextmanager
@@ -84,21 +85,12 @@ async def serve(
     if isinstance(sandbox, str):
         raise SandboxUnavailableError(sandbox)
     app = _App()
-    stopped = anyio.Event()
-
-    async def kill() -> None:
-        app.die()
-        stopped.set()
-        await gone.wait()
-
-    gone = anyio.Event()
     async with anyio.create_task_group() as tasks:
-        port = await tasks.start(_run, app, state_dir, sandbox, logs_endpoint, stopped, gone)
+        port = await tasks.start(_run, app, state_dir, sandbox, logs_endpoint)
         try:
-            yield EmbeddedEngine(port, app.token, kill)
+            yield EmbeddedEngine(port, app)
         finally:
             app.die()
-            stopped.set()
 
 
 async def _run(
@@ -106,12 +98,10 @@ async def _run(
     state_dir: Path,
     sandbox: Sandbox,
     logs_endpoint: str | None,
-    stopped: anyio.Event,
-    gone: anyio.Event,
     *,
     task_status: TaskStatus[int],
 ) -> None:
-    """Hold everything open until the engine ends: in its own time, or by `kill`."""
+    """Hold everything open until the application is dead: in its own time, or by `kill`."""
     try:
         async with (
             asgi.serve(app) as port,
@@ -119,9 +109,9 @@ async def _run(
         ):
             app.session = session
             task_status.started(port)
-            await stopped.wait()
+            await app.dying.wait()
     finally:
-        gone.set()
+        app.gone.set()
 
 
 def default_state_dir() -> Path:
@@ -137,19 +127,29 @@ def sandbox_problem() -> str | None:
 
 
 class _App:
-    """Answers queries over HTTP, as an ASGI application."""
+    """Answers queries over HTTP, as an ASGI application.
+
+    Attributes
+    ----------
+    session
+        Set before the first request can come: nobody knows the token earlier.
+    dying, gone
+        Whether it has been told to end, and whether nothing is left of it.
+    """
+
+    session: Session
 
     def __init__(self) -> None:
         self.token = secrets.token_hex(16)
-        self.session: Session | None = None
         self._schema: GraphQLSchema = make_schema()
         self._requests: set[anyio.CancelScope] = set()
-        self._dead = False
+        self.dying = anyio.Event()
+        self.gone = anyio.Event()
         self._authorization = b"Basic " + base64.b64encode(f"{self.token}:".encode())
 
     def die(self) -> None:
-        """Break every connection."""
-        self._dead = True
+        """Break every connection, and let go of everything."""
+        self.dying.set()
         for scope in self._requests:
             scope.cancel()
 
@@ -175,6 +175,11 @@ class _App:
 
     async def _answer(self, body: bytes, receive: _Receive) -> dict[str, Any] | None:
         """Work on a query as long as somebody waits; None when nobody does, or we are dead."""
+        try:
+            request = json.loads(body)
+            query, variables = request["query"], request.get("variables")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return {"errors": [{"message": "this is no GraphQL request"}]}
         result: dict[str, Any] | None = None
         async with anyio.create_task_group() as tasks:
 
@@ -186,18 +191,12 @@ class _App:
             tasks.start_soon(watch)
             self._requests.add(tasks.cancel_scope)
             try:
-                if self._dead:
-                    return None
-                query = json.loads(body)
-                result = await answer(
-                    self._schema, Query(self.session), query["query"], query.get("variables")
-                )
-            except (ValueError, KeyError, TypeError):
-                result = {"errors": [{"message": "this is no GraphQL request"}]}
+                if not self.dying.is_set():
+                    result = await answer(self._schema, Query(self.session), query, variables)
             finally:
                 self._requests.discard(tasks.cancel_scope)
                 tasks.cancel_scope.cancel()
-        return None if self._dead else result
+        return result
 
 
 async def _read_body(receive: _Receive) -> bytes | None:

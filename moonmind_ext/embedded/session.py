@@ -2,15 +2,14 @@
 
 import fcntl
 import secrets
-import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from itertools import count
 from pathlib import Path
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import IO, Any, Generic, ParamSpec, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -119,44 +118,44 @@ async def open_session(
     state_dir: Path, sandbox: Sandbox, logs_endpoint: str | None
 ) -> AsyncIterator[Session]:
     """Open a session; at its end its commands are dead and its files away."""
+    folder, lock = await anyio.to_thread.run_sync(_claim_directory, state_dir)
     logs = LiveLogs(logs_endpoint)
-    with _session_directory(state_dir) as folder:
+    try:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(logs.post)
-            session = Session(folder, state_dir / "volumes", sandbox, logs, tasks)
             try:
-                yield session
+                yield Session(folder, state_dir / "volumes", sandbox, logs, tasks)
             finally:
                 tasks.cancel_scope.cancel()
+    finally:
+        with lock, anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(remove, str(folder))
 
 
-@contextmanager
-def _session_directory(state_dir: Path) -> Iterator[Path]:
-    """Make a directory that is locked as long as its session lives, and clear away dead ones."""
+def _claim_directory(state_dir: Path) -> tuple[Path, IO[str]]:
+    """Make a directory that is locked as long as its session lives; clear away dead ones."""
     sessions = state_dir / "sessions"
     sessions.mkdir(mode=0o700, parents=True, exist_ok=True)
     with (state_dir / "lock").open("w") as all_sessions:
-        # For as long as clearing away takes: seconds, after a crash.
+        # Held for as long as clearing away takes: seconds, and only after a crash.
         fcntl.flock(all_sessions, fcntl.LOCK_EX)
         for folder in sessions.iterdir():
-            _remove_if_dead(folder)
+            if not _is_alive(folder):
+                remove(str(folder))
         folder = sessions / secrets.token_hex(4)
         folder.mkdir(mode=0o700)
         lock = (folder / "lock").open("w")
         fcntl.flock(lock, fcntl.LOCK_EX)
-    with lock:
-        try:
-            yield folder
-        finally:
-            remove(str(folder))
+    return folder, lock
 
 
-def _remove_if_dead(folder: Path) -> None:
+def _is_alive(folder: Path) -> bool:
+    """Whether a process holds the lock of a session's directory."""
     try:
-        with (folder / "lock").open("w") as lock:
+        with (folder / "lock").open("r") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return
+        return True
     except FileNotFoundError:
         pass  # Killed before it had one.
-    remove(str(folder))
+    return False

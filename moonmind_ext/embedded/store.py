@@ -1,5 +1,8 @@
 """The bytes of files, by content, and the way between trees and a disk."""
 
+# These functions touch every file of a workspace, and pathlib would be half of their time.
+# ruff: noqa: PTH101, PTH102, PTH104, PTH105, PTH106, PTH108, PTH110, PTH115, PTH123, PTH208, PTH211
+
 import hashlib
 import io
 import os
@@ -10,7 +13,7 @@ from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
-from moonmind_ext.embedded.filters import GITIGNORE, Filter, Selection
+from moonmind_ext.embedded.filters import EVERYTHING, GITIGNORE, Filter, Selection
 from moonmind_ext.embedded.tree import Entry, Tree, select
 
 _CHUNK_BYTES = 1 << 20
@@ -23,6 +26,8 @@ Stamp = tuple[int, int, int, int, int]
 
 Known = Mapping[str, tuple[Stamp, Entry]]
 """What a directory held when it was last looked at."""
+
+NOTHING: Known = {}
 
 
 def stamp(status: os.stat_result) -> Stamp:
@@ -45,22 +50,21 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._temporary = count()
-        for prefix in range(256):
-            (folder / f"{prefix:02x}").mkdir(parents=True)
+        folder.mkdir()
 
     def path(self, content: str) -> str:
         """Say where the bytes are."""
-        return f"{self._folder}/{content[:2]}/{content}"
+        return f"{self._folder}/{content}"
 
     def add_bytes(self, data: bytes) -> str:
         """Keep bytes; give their digest."""
         content = hashlib.sha256(data).hexdigest()
         path = self.path(content)
-        if not os.path.exists(path):  # noqa: PTH110: called for every file of a workspace.
+        if not os.path.exists(path):
             temporary = self._temporary_path()
-            with open(temporary, "xb") as file:  # noqa: PTH123: likewise.
+            with open(temporary, "xb") as file:
                 file.write(data)
-            os.replace(temporary, path)  # noqa: PTH105: likewise.
+            os.replace(temporary, path)
         return content
 
     def add_file(self, path: str, *, ours: bool = False) -> tuple[str, int]:
@@ -72,13 +76,13 @@ class Store:
             Whether the file may be taken instead of copied.
         """
         # NOFOLLOW: it may have become a link since it was looked at.
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:  # noqa: PTH123
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
             if ours:
                 content = hashlib.file_digest(file, "sha256").hexdigest()
                 size = file.tell()
-                if not os.path.exists(self.path(content)):  # noqa: PTH110
+                if not os.path.exists(self.path(content)):
                     os.fchmod(file.fileno(), 0o600)
-                    os.replace(path, self.path(content))  # noqa: PTH105
+                    os.replace(path, self.path(content))
                 return content, size
             head = file.read(_CHUNK_BYTES)
             if len(head) < _CHUNK_BYTES:
@@ -90,14 +94,14 @@ class Store:
         total, size = hashlib.sha256(), 0
         temporary = self._temporary_path()
         chunk = head
-        with open(temporary, "xb") as file:  # noqa: PTH123
+        with open(temporary, "xb") as file:
             while chunk:
                 total.update(chunk)
                 size += len(chunk)
                 file.write(chunk)
                 chunk = rest.read(_CHUNK_BYTES)
         content = total.hexdigest()
-        os.replace(temporary, self.path(content))  # noqa: PTH105
+        os.replace(temporary, self.path(content))
         return content, size
 
     def _temporary_path(self) -> str:
@@ -106,9 +110,9 @@ class Store:
     def read(
         self,
         root: str,
-        wanted: Filter | None = None,
+        wanted: Filter = EVERYTHING,
         *,
-        known: Known | None = None,
+        known: Known = NOTHING,
         known_since_ns: int = 0,
         ours: bool = False,
     ) -> tuple[Tree, Known]:
@@ -133,11 +137,16 @@ class Store:
         OSError
             When something cannot be read.
         """
-        selection = Selection(wanted or Filter())
-        known = known or {}
+        selection = Selection(wanted)
         seen: dict[str, tuple[Stamp, Entry]] = {}
         tree: dict[str, Entry] = {}
+        taken: list[str] = []
         for path, status in _walk(root, selection, ours=ours):
+            is_directory = stat.S_ISDIR(status.st_mode)
+            if selection.takes(path, is_directory=is_directory):
+                taken.append(path)
+            elif not is_directory:
+                continue
             marks = stamp(status)
             before = known.get(path)
             settled = status.st_ctime_ns + _SETTLED_NS < known_since_ns
@@ -148,19 +157,16 @@ class Store:
             tree[path] = entry
             if entry.is_file:
                 seen[path] = (marks, entry)
-        if wanted is None or wanted.takes_all:
-            return tree, seen
-        kept = [p for p in tree if p and selection.takes(p, is_directory=tree[p].is_directory)]
-        return select(tree, kept), seen
+        return tree if wanted.takes_all else select(tree, taken), seen
 
     def _entry(self, path: str, status: os.stat_result, *, ours: bool) -> Entry:
         content, size = "", 0
         if stat.S_ISREG(status.st_mode):
             if ours and not status.st_mode & stat.S_IRUSR:
-                os.chmod(path, stat.S_IRUSR)  # noqa: PTH101
+                os.chmod(path, stat.S_IRUSR)
             content, size = self.add_file(path, ours=ours)
         elif stat.S_ISLNK(status.st_mode):
-            content = os.readlink(path)  # noqa: PTH115
+            content = os.readlink(path)
         elif stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode):
             content = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
         return Entry(status.st_mode, content, size, status.st_mtime_ns)
@@ -191,8 +197,10 @@ class Store:
             entry = tree[path]
             place = f"{target}/{path}" if path else target
             if entry.is_directory:
-                _make_directory(place)
-                directories.append((place, entry))
+                # A directory that somebody else has made to export into stays as it is.
+                if path or not os.path.isdir(target):
+                    _make_directory(place)
+                    directories.append((place, entry))
                 continue
             _make_way(place)
             if entry.is_file:
@@ -201,18 +209,18 @@ class Store:
                     marks[path] = (stamp(status), entry)
                 continue
             if entry.is_link:
-                os.symlink(entry.content, place)  # noqa: PTH211
+                os.symlink(entry.content, place)
             elif stat.S_ISSOCK(entry.mode):
                 continue  # Nobody listens at the end of a copied socket.
             else:
                 device = os.makedev(*map(int, entry.content.split(":"))) if entry.content else 0
                 os.mknod(place, entry.mode, device)
-                os.chmod(place, stat.S_IMODE(entry.mode))  # noqa: PTH101
+                os.chmod(place, stat.S_IMODE(entry.mode))
             os.utime(place, ns=(entry.mtime_ns, entry.mtime_ns), follow_symlinks=False)
         # Innermost first, and last of all: what is made in a directory changes its time,
         # and one without write permission takes nothing more.
         for place, entry in reversed(directories):
-            os.chmod(place, stat.S_IMODE(entry.mode))  # noqa: PTH101
+            os.chmod(place, stat.S_IMODE(entry.mode))
             os.utime(place, ns=(entry.mtime_ns, entry.mtime_ns))
         return marks
 
@@ -239,7 +247,7 @@ def _copy(source: int, target: int, size: int) -> None:
         while left and (done := os.copy_file_range(source, target, left)):
             left -= done
     if left:
-        with open(source, "rb", closefd=False) as a, open(target, "wb", closefd=False) as b:  # noqa: PTH123
+        with open(source, "rb", closefd=False) as a, open(target, "wb", closefd=False) as b:
             shutil.copyfileobj(a, b, _CHUNK_BYTES)
 
 
@@ -252,10 +260,10 @@ def _walk(root: str, selection: Selection, *, ours: bool) -> Iterator[tuple[str,
         inner, status = todo.pop()
         place = f"{root}/{inner}" if inner else root
         if ours and status.st_mode & stat.S_IRWXU != stat.S_IRWXU:
-            os.chmod(place, stat.S_IRWXU)  # noqa: PTH101
-        names = sorted(os.listdir(place))  # noqa: PTH208
-        if GITIGNORE in names and selection.reads_ignore_files():
-            with suppress(OSError), open(f"{place}/{GITIGNORE}", errors="replace") as file:  # noqa: PTH123
+            os.chmod(place, stat.S_IRWXU)
+        names = sorted(os.listdir(place))
+        if GITIGNORE in names and selection.reads_ignore_files:
+            with suppress(OSError), open(f"{place}/{GITIGNORE}", errors="replace") as file:
                 selection.add_ignore_file(inner, file.read())
         for name in names:
             path = f"{inner}/{name}" if inner else name
@@ -272,13 +280,13 @@ def _walk(root: str, selection: Selection, *, ours: bool) -> Iterator[tuple[str,
 
 def _make_directory(place: str) -> None:
     try:
-        os.mkdir(place, 0o700)  # noqa: PTH102
+        os.mkdir(place, 0o700)
     except FileExistsError:
         if stat.S_ISDIR(os.lstat(place).st_mode):
-            os.chmod(place, 0o700)  # noqa: PTH101
+            os.chmod(place, 0o700)
             return
-        os.unlink(place)  # noqa: PTH108
-        os.mkdir(place, 0o700)  # noqa: PTH102
+        os.unlink(place)
+        os.mkdir(place, 0o700)
 
 
 def _make_way(place: str) -> None:
@@ -289,7 +297,7 @@ def _make_way(place: str) -> None:
     if stat.S_ISDIR(status.st_mode):
         remove(place)
     else:
-        os.unlink(place)  # noqa: PTH108
+        os.unlink(place)
 
 
 def remove(root: str) -> None:
@@ -306,17 +314,17 @@ def remove(root: str) -> None:
     emptied = []
     while todo:
         directory = todo.pop()
-        os.chmod(directory, 0o700)  # noqa: PTH101
+        os.chmod(directory, 0o700)
         emptied.append(directory)
         for entry in list(os.scandir(directory)):
             if not entry.is_dir(follow_symlinks=False):
-                os.unlink(entry.path)  # noqa: PTH108
+                os.unlink(entry.path)
             elif directory == root:
                 todo.append(entry.path)
             else:
-                os.chmod(entry.path, 0o700)  # noqa: PTH101: its `..` changes.
+                os.chmod(entry.path, 0o700)
                 up = f"{root}/.removing-{next(moved)}"
-                os.rename(entry.path, up)  # noqa: PTH104
+                os.rename(entry.path, up)
                 todo.append(up)
     for directory in reversed(emptied):
-        os.rmdir(directory)  # noqa: PTH106
+        os.rmdir(directory)

@@ -93,7 +93,7 @@ def task(engine: Engine, tmp_path: Path) -> Task:
         name = job_id or f"t-{uuid4().hex[:8]}"
         folder = workspace or tmp_path / f"workspace-{name}"
         folder.mkdir(exist_ok=True)
-        for path, content in (files or {"README.md": "# widgets\n"}).items():
+        for path, content in ({"README.md": "# widgets\n"} if files is None else files).items():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_text(content)
         output = tmp_path / f"output-{name}"

@@ -15,8 +15,8 @@ from moonmind_ext.run.events import LOG, Event, Phase
 from pipelines.report import RunReport
 
 EMBEDDED_IMAGES = {
-    "base": "embedded.test/base",
-    "python": "embedded.test/python",
+    "base": "docker.io/library/busybox:1.36",
+    "python": "docker.io/library/python:3.11-slim",
     "busybox": "embedded.test/busybox",
     "no-shell": "embedded.test/no-shell",
     "not-root": "embedded.test/not-root",

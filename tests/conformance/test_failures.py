@@ -1,10 +1,13 @@
 import os
 import shlex
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
 
 import anyio
 import pytest
 
+from moonmind_ext import embedded
 from moonmind_ext.engine.choice import EngineChoice
 from pipelines.report import Outcome
 from tests.conformance.support import Engine, Result, Task, Watcher, sh
@@ -39,13 +42,22 @@ def assert_engine_failed(result: Result) -> None:
 
 
 async def test_an_engine_that_is_killed_in_the_middle_is_its_own_failure(
-    engine: Engine, task: Task
+    engine: Engine, task: Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if engine.choice is EngineChoice.EMBEDDED:
-        from tests.embedded.support import the_running_engine
+        serve = embedded.serve
+        engines: list[embedded.EmbeddedEngine] = []
+
+        @asynccontextmanager
+        async def remember(**settings: Any) -> AsyncIterator[embedded.EmbeddedEngine]:
+            async with serve(**settings) as running:
+                engines.append(running)
+                yield running
 
         async def kill() -> None:
-            await the_running_engine().kill()
+            await engines[0].kill()
+
+        monkeypatch.setattr(embedded, "serve", remember)
     else:
         command = os.environ.get("MOONMIND_TEST_RESTART_ENGINE")
         if not command:

@@ -2,7 +2,7 @@ import base64
 
 import pytest
 
-from tests.conformance.support import Task, sh
+from tests.conformance.support import Engine, Task, sh
 
 SECRET = "s3cr3t-Value/42"
 
@@ -58,7 +58,9 @@ async def test_a_secret_too_short_to_mask_is_warned_about(task: Task) -> None:
     assert any("PIN" in warning and "masked" in warning for warning in result.report.warnings)
 
 
-async def test_two_tasks_of_one_session_keep_their_secrets_apart(engine, task: Task) -> None:
+async def test_two_tasks_of_one_session_keep_their_secrets_apart(
+    engine: Engine, task: Task
+) -> None:
     async with engine.session() as session:
         for value in ("first-secret", "second-secret"):
             result = await task(
