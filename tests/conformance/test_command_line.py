@@ -29,7 +29,7 @@ def start(engine: Engine, tmp_path: Path) -> Run:
         container = {"image": engine.image("base"), "command": list(command), **fields}
         workspace = tmp_path / "ws"
         workspace.mkdir(exist_ok=True)
-        arguments = ["--workspace", workspace, "--output", tmp_path / "out"]
+        arguments = ["--workspace", str(workspace), "--output", str(tmp_path / "out")]
         process = subprocess.Popen(
             [*CLI, "run", "-", *arguments, "--engine", engine.choice.value, *options],
             stdin=subprocess.PIPE,
@@ -93,7 +93,9 @@ def test_a_missing_image_ends_with_69(engine: Engine, start: Run) -> None:
 
 
 def test_ctrl_c_stops_the_task_and_brings_back_what_it_has(start: Run, tmp_path: Path) -> None:
-    script = "trap 'echo saved > $ARTIFACT_DIR/saved; exit 0' TERM; echo up; while :; do sleep 0.1; done"
+    script = (
+        "trap 'echo saved > $ARTIFACT_DIR/saved; exit 0' TERM; echo up; while :; do sleep 0.1; done"
+    )
     process = start(*sh(script))
     assert process.stdout is not None
     assert process.stdout.readline() == "up\n"
@@ -133,9 +135,7 @@ def test_a_reader_that_has_seen_enough_does_not_end_the_task(start: Run, tmp_pat
     assert log.endswith("line 19999\n")
 
 
-def test_bytes_that_are_no_utf8_are_shown_as_such_or_not_at_all(
-    start: Run, tmp_path: Path
-) -> None:
+def test_bytes_that_are_no_utf8_are_shown_as_such_or_not_at_all(start: Run, tmp_path: Path) -> None:
     process = start(*sh(r"printf 'a\377b\n'; sleep 0.5; echo end"))
     stdout, _ = process.communicate(timeout=LIMIT_SECONDS)
 

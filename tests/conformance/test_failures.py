@@ -79,7 +79,7 @@ async def test_a_payload_that_must_not_be_repeated_is_not_retryable(
     engine: Engine, task: Task
 ) -> None:
     async with engine.session() as session:
-        await session.client._ctx.conn.close()  # noqa: SLF001
+        await session.client._ctx.conn.close()
         result = await task("true", session=session, retryable=False)
 
     assert result.report.outcome is Outcome.ENGINE_FAILED
@@ -88,7 +88,7 @@ async def test_a_payload_that_must_not_be_repeated_is_not_retryable(
 
 async def test_a_session_that_is_lost_is_an_engine_failure(engine: Engine, task: Task) -> None:
     async with engine.session() as session:
-        await session.client._ctx.conn.close()  # noqa: SLF001
+        await session.client._ctx.conn.close()
         result = await task("true", session=session)
 
     assert_engine_failed(result)

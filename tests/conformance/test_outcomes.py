@@ -156,6 +156,7 @@ async def test_a_user_who_is_not_root_can_write_to_workspace_and_artifacts(task:
     assert result.artifact("a") == "a\n"
     assert (result.workspace / "written").read_text() == "w\n"
     assert (result.workspace / "README.md").read_text() == "# widgets\na\n"
-    back = result.report.workspace and result.report.workspace.written_back
+    assert result.report.workspace is not None
+    back = result.report.workspace.written_back
     assert back is not None
     assert (back.added, back.modified, back.removed) == (["written"], ["README.md"], [])

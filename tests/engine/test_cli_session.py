@@ -106,9 +106,7 @@ async def test_what_cannot_be_started_is_an_error_that_names_it(place: Place, pa
     (place.bin / "format").write_text("no interpreter is named here")
     (place.bin / "format").chmod(0o755)
     with pytest.raises(SessionStartError, match=f"bin/{path}: "):
-        async with cli_session(
-            str(place.bin / path), environment=place.environment, deadline=20
-        ):
+        async with cli_session(str(place.bin / path), environment=place.environment, deadline=20):
             pytest.fail("there is no session")
 
 

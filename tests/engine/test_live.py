@@ -88,9 +88,7 @@ async def test_records_of_several_resources_and_scopes_are_all_output() -> None:
     request = ExportLogsServiceRequest(
         resource_logs=[
             ResourceLogs(
-                scope_logs=[
-                    ScopeLogs(log_records=[record(f"{resource}{scope}")]) for scope in "xy"
-                ]
+                scope_logs=[ScopeLogs(log_records=[record(f"{resource}{scope}")]) for scope in "xy"]
             )
             for resource in "ab"
         ]

@@ -428,7 +428,7 @@ def test_credentials_for_dockers_hub_are_found_under_its_old_name(
     registry = OrasRegistry()
     _load_credentials(registry, Container(_with_registry(reference)))
 
-    assert registry.auth._basic_auth == entry["auth"]  # noqa: SLF001 - it is sent to no fake
+    assert registry.auth._basic_auth == entry["auth"]
 
 
 def test_credentials_for_dockers_hub_are_not_for_others(docker_config: Path) -> None:

@@ -473,9 +473,7 @@ def hangs_up(handler: QuietHandler) -> bool:
     return True
 
 
-@pytest.mark.parametrize(
-    "misbehaves", [says_404, says_html, says_errors, hangs_up]
-)
+@pytest.mark.parametrize("misbehaves", [says_404, says_html, says_errors, hangs_up])
 async def test_what_is_no_engine_is_a_reason_of_one_line(
     place: Place, api: Api, misbehaves: Callable[[QuietHandler], bool]
 ) -> None:

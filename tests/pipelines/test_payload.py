@@ -668,7 +668,7 @@ def test_everything_wrong_is_reported_at_once_in_the_order_of_the_payload() -> N
 def test_an_error_is_its_messages_line_by_line_and_can_be_pickled() -> None:
     error = TaskContractError(Problem("a", "a is wrong"), Problem("b", "b is wrong"))
     assert str(error) == "a is wrong\nb is wrong"
-    copy = pickle.loads(pickle.dumps(error))  # noqa: S301
+    copy = pickle.loads(pickle.dumps(error))
     assert copy.problems == error.problems
     assert isinstance(error, ValueError)
 

@@ -48,7 +48,9 @@ def main() -> int:
     root.set("failures", str(len(result.failures)))
     root.set("errors", str(len(result.errors)))
     folder = Path(os.environ.get("ARTIFACT_DIR", "."))
-    ElementTree.ElementTree(root).write(folder / "junit.xml", encoding="utf-8", xml_declaration=True)
+    ElementTree.ElementTree(root).write(
+        folder / "junit.xml", encoding="utf-8", xml_declaration=True
+    )
     return 0 if result.wasSuccessful() else 1
 
 
