@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import resources
-from typing import Any, Literal
+from typing import Any
 from uuid import uuid4
 
 import anyio
@@ -20,7 +20,13 @@ from gql.transport.exceptions import TransportError
 from pipelines.concurrency import together
 from pipelines.payload import CacheMode
 from pipelines.plan import DEFAULT_HELPER_IMAGE, Plan, split_env
-from pipelines.report import EngineFailedError, ImageUnavailableError
+from pipelines.report import (
+    Ending,
+    EngineFailedError,
+    ImageUnavailableError,
+    Outcome,
+    outcome_of,
+)
 
 BACKSTOP_MARGIN_SECONDS = 120
 """Above time limit and grace. The supervisor keeps the limit; a query that takes
@@ -84,16 +90,6 @@ class Execution:
 
     Attributes
     ----------
-    exit_code
-        The command's own; 128+n for a signal.
-    ended
-        Who ended it, if it was not the command itself.
-    started_at
-        By the engine's clock.
-    seconds
-        How long the command ran.
-    cached
-        Whether it ran for somebody else, earlier, and this is its result.
     container
         After the command; None when the supervisor was killed too, and with it
         the file system was lost.
@@ -105,11 +101,7 @@ class Execution:
         Absolute paths that the supervisor removed, and whose bits it cleared.
     """
 
-    exit_code: int
-    ended: Literal["timed-out", "cancelled"] | None
-    started_at: datetime
-    seconds: float
-    cached: bool = False
+    ending: Ending
     container: dagger.Container | None = None
     log: dagger.File | None = None
     log_bytes: int = 0
@@ -187,7 +179,7 @@ async def run_command(
     now = await _engine_clock(image)
     for attempt in range(MAX_CACHED_FAILURES):
         execution = await _execute(client, prepared, plan, image, run=str(attempt), now=now)
-        if not execution.cached or (execution.exit_code == 0 and execution.ended is None):
+        if not execution.ending.cached or outcome_of(execution.ending, None) is Outcome.SUCCEEDED:
             return execution
     return await _execute(client, prepared, plan, image, run=uuid4().hex)
 
@@ -332,13 +324,9 @@ async def _execute(
                 await client.version()
                 # The supervisor is killed only together with everything else in the
                 # container: by the command itself, or for want of memory.
-                return Execution(
-                    exit_code=error.exit_code,
-                    ended=None,
-                    started_at=before,
-                    seconds=(datetime.now(UTC) - before).total_seconds(),
-                    lost_output=error.stdout,
-                )
+                seconds = (datetime.now(UTC) - before).total_seconds()
+                ending = Ending(error.exit_code, None, before, seconds)
+                return Execution(ending, lost_output=error.stdout)
     except TimeoutError:
         raise EngineFailedError(f"the engine gave no answer for {backstop}s") from None
     with engine_failures("reading the result"):
@@ -349,12 +337,15 @@ async def _execute(
         if result["hostile"]:
             hostile = await together(out.file("specials").contents(), out.file("setuid").contents())
     began = _Moment(result["boot"], int(result["began"]))
-    return Execution(
+    ending = Ending(
         exit_code=int(result["exit"]),
-        ended=result["ended"] or None,
+        ended_by=result["ended"] or None,
         started_at=datetime.fromtimestamp(int(result["epoch"]), UTC),
         seconds=(int(result["finished"]) - began.uptime) / 100,
         cached=now is not None and began.is_before(now),
+    )
+    return Execution(
+        ending,
         container=container,
         log=out.file("log"),
         log_bytes=log_bytes,

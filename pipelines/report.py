@@ -1,11 +1,16 @@
 """What a run was: its outcome and the model of `run.json`. Pure; no Dagger import."""
 
-from datetime import datetime
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
+
+from pipelines.masking import MIN_SECRET_LENGTH, Masker, too_short
+from pipelines.plan import Plan, reproduce_line
 
 SCHEMA_VERSION = 1
 
@@ -54,32 +59,40 @@ class EngineFailedError(RunFailedError):
     retryable = True
 
 
-def failure_message(
-    outcome: Outcome, *, exit_code: int | None, timeout_seconds: int, last_line: str
-) -> str | None:
-    """Say in MoonMind's words how a command ended; None for a success.
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a command ended.
 
-    Parameters
+    Attributes
     ----------
-    outcome
-        How it ended.
     exit_code
-        The command's own.
-    timeout_seconds
-        The limit it had.
-    last_line
-        The last line of its output, masked.
+        The command's own; 128+n for a signal.
+    ended_by
+        What ended it, if it did not end by itself.
+    started_at
+        By the engine's clock.
+    seconds
+        How long it ran.
+    cached
+        Whether it ran for somebody else, earlier, and this is its result.
     """
-    match outcome:
-        case Outcome.COMMAND_FAILED:
-            detail = f": {last_line}" if last_line else ""
-            return f"container command failed ({exit_code}){detail}"
-        case Outcome.TIMED_OUT:
-            return f"container execution timed out after {timeout_seconds}s"
-        case Outcome.CANCELLED:
-            return "container execution was cancelled"
-        case _:
-            return None
+
+    exit_code: int
+    ended_by: Literal["timed-out", "cancelled"] | None
+    started_at: datetime
+    seconds: float
+    cached: bool = False
+
+
+def outcome_of(ending: Ending | None, failure: RunFailedError | None) -> Outcome:
+    """Say how a run ended: by a failure, by its command, or stopped before that."""
+    if failure is not None:
+        return failure.outcome
+    if ending is None or ending.ended_by == "cancelled":
+        return Outcome.CANCELLED
+    if ending.ended_by == "timed-out":
+        return Outcome.TIMED_OUT
+    return Outcome.SUCCEEDED if ending.exit_code == 0 else Outcome.COMMAND_FAILED
 
 
 class _Model(BaseModel):
@@ -189,3 +202,119 @@ class RunReport(_Model):
     def to_json(self) -> str:
         """Give the text of `run.json`."""
         return self.model_dump_json(by_alias=True, indent=2) + "\n"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Findings:
+    """What a run has found out, for its report.
+
+    Attributes
+    ----------
+    began
+        When the run began, for one whose command never did.
+    ending
+        How the command ended; None when it never ran, or its end is not known.
+    failure
+        What ended the run before.
+    reference
+        The image that ran, with its digest where it is known.
+    last_line
+        Of the command's output.
+    """
+
+    began: datetime
+    ending: Ending | None
+    failure: RunFailedError | None
+    engine: EngineInfo
+    reference: str
+    last_line: str
+    timings: Timings
+    workspace: WorkspaceInfo | None
+    source: Source
+    warnings: list[str]
+    artifacts: Artifacts
+    log: LogInfo
+    trace_id: str
+
+
+def make_report(plan: Plan, findings: Findings, masker: Masker) -> RunReport:
+    """Put together what `run.json` says, masked."""
+    ending, failure, mask = findings.ending, findings.failure, masker.mask
+    outcome = outcome_of(ending, failure)
+    exit_code = ending.exit_code if ending else None
+    error = str(failure) if failure else _failure_message(outcome, plan, exit_code, findings)
+    now = datetime.now(UTC)
+    seconds = ending.seconds if ending else round((now - findings.began).total_seconds(), 3)
+    return RunReport(
+        job_id=plan.job_id,
+        repository=plan.repository,
+        container_name=plan.container_name,
+        image=plan.image,
+        command=[mask(token) for token in plan.command],
+        command_summary=mask(plan.command_summary),
+        pull_mode=plan.pull.value,
+        workdir=plan.workdir,
+        artifact_dir=plan.artifact_dir,
+        timeout_seconds=plan.timeout_seconds,
+        timed_out=outcome is Outcome.TIMED_OUT,
+        exit_code=TIMED_OUT_EXIT_CODE if outcome is Outcome.TIMED_OUT else exit_code,
+        started_at=ending.started_at if ending else findings.began,
+        finished_at=now,
+        duration_seconds=seconds,
+        error=mask(error) if error else None,
+        outcome=outcome,
+        retryable=failure is not None and failure.retryable and plan.retryable,
+        engine=findings.engine,
+        image_digest=findings.reference.partition("@")[2] or None,
+        cached=ending is not None and ending.cached,
+        timings=findings.timings,
+        workspace=findings.workspace,
+        source=findings.source,
+        warnings=[mask(warning) for warning in findings.warnings],
+        artifacts=findings.artifacts,
+        log=findings.log,
+        trace_id=findings.trace_id,
+        reproduce=mask(reproduce_line(plan, image=findings.reference)),
+    )
+
+
+def _failure_message(
+    outcome: Outcome, plan: Plan, exit_code: int | None, findings: Findings
+) -> str | None:
+    """Say in MoonMind's words how a command ended; None for a success."""
+    match outcome:
+        case Outcome.COMMAND_FAILED:
+            detail = f": {findings.last_line}" if findings.last_line else ""
+            return f"container command failed ({exit_code}){detail}"
+        case Outcome.TIMED_OUT:
+            return f"container execution timed out after {plan.timeout_seconds}s"
+        case Outcome.CANCELLED:
+            return "container execution was cancelled"
+        case _:
+            return None
+
+
+def run_warnings(plan: Plan, *, hidden: Mapping[str, str], engine: EngineInfo) -> Iterator[str]:
+    """Say what a plan asks for and does not get.
+
+    Parameters
+    ----------
+    hidden
+        The secrets, by name.
+    """
+    for name, value in hidden.items():
+        if too_short(value):
+            yield (
+                f"the value of {name} is not masked: it has fewer than "
+                f"{MIN_SECRET_LENGTH} characters"
+            )
+    if plan.resources is not None:
+        yield (
+            "task.container.resources is not enforced: this engine has no limits for CPU and "
+            "memory. The command finds the values in MOONMIND_CPUS and MOONMIND_MEMORY"
+        )
+    if engine.kind == "embedded":
+        yield (
+            f"the embedded engine pulls no images: in the place of {plan.image} the command ran "
+            "on this host's own root"
+        )

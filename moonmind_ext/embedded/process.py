@@ -187,7 +187,7 @@ class Command:
 
     def _open_init(self, stack: ExitStack) -> int | None:
         """Get hold of the sandbox's first process, which bubblewrap names at the beginning."""
-        with suppress(ValueError, KeyError, ProcessLookupError):
+        with suppress(ValueError, LookupError, ProcessLookupError):
             init = os.pidfd_open(json.loads(self._status.splitlines()[0])["child-pid"])
             stack.callback(os.close, init)
             return init

@@ -33,20 +33,21 @@ from pipelines.container_task import (
     run_command,
     secret_of,
 )
-from pipelines.masking import MIN_SECRET_LENGTH, Masker, too_short
+from pipelines.masking import Masker
 from pipelines.payload import PullMode, TaskPayload, publishable, warnings_of
-from pipelines.plan import DEFAULT_HELPER_IMAGE, Defaults, Plan, plan_task, reproduce_line
+from pipelines.plan import DEFAULT_HELPER_IMAGE, Defaults, Plan, plan_task
 from pipelines.report import (
-    TIMED_OUT_EXIT_CODE,
     EngineFailedError,
     EngineInfo,
+    Findings,
     Outcome,
     RunFailedError,
     RunReport,
     Source,
     Timings,
     WorkspaceInfo,
-    failure_message,
+    make_report,
+    run_warnings,
 )
 
 STOP_MARGIN_SECONDS = 15
@@ -314,47 +315,23 @@ class _Run:
         }
 
     def _report(self, source: Source, began: datetime, artifacts: Path) -> RunReport:
-        plan, progress, mask = self.plan, self.progress, self.masker.mask
-        execution, failure, results = progress.execution, progress.failure, progress.results
-        outcome = _outcome(execution, failure)
-        exit_code = execution.exit_code if execution else None
-        ended = datetime.now(UTC)
-        error = str(failure) if failure else None
-        if failure is None:
-            log = artifacts / "logs" / "runner.log"
-            error = failure_message(
-                outcome,
-                exit_code=exit_code,
-                timeout_seconds=plan.timeout_seconds,
-                last_line=last_line(log) if log.exists() else "",
-            )
-        reference = progress.image.reference if progress.image else plan.image
-        _, _, digest = reference.partition("@")
-        size = progress.size
-        return RunReport(
-            job_id=plan.job_id,
-            repository=plan.repository,
-            container_name=plan.container_name,
-            image=plan.image,
-            command=[mask(token) for token in plan.command],
-            command_summary=mask(plan.command_summary),
-            pull_mode=plan.pull.value,
-            workdir=plan.workdir,
-            artifact_dir=plan.artifact_dir,
-            timeout_seconds=plan.timeout_seconds,
-            timed_out=outcome is Outcome.TIMED_OUT,
-            exit_code=TIMED_OUT_EXIT_CODE if outcome is Outcome.TIMED_OUT else exit_code,
-            started_at=execution.started_at if execution else began,
-            finished_at=ended,
-            duration_seconds=execution.seconds
-            if execution
-            else round((ended - began).total_seconds(), 3),
-            error=mask(error) if error else None,
-            outcome=outcome,
-            retryable=failure is not None and failure.retryable and plan.retryable,
-            engine=EngineInfo(kind=self.session.kind, version=self.session.version),
-            image_digest=digest or None,
-            cached=execution is not None and execution.cached,
+        plan, progress, results = self.plan, self.progress, self.progress.results
+        log, size = artifacts / "logs" / "runner.log", progress.size
+        engine = EngineInfo(kind=self.session.kind, version=self.session.version)
+        warnings = [
+            *warnings_of(self.request.payload),
+            *run_warnings(plan, hidden=self.hidden, engine=engine),
+            *results.warnings,
+        ]
+        if self.session.live is None:
+            warnings.append("no live output: the engine's session was started by somebody else")
+        findings = Findings(
+            began=began,
+            ending=progress.execution.ending if progress.execution else None,
+            failure=progress.failure,
+            engine=engine,
+            reference=progress.image.reference if progress.image else plan.image,
+            last_line=last_line(log) if log.exists() else "",
             timings=Timings(**self.watch.seconds),
             workspace=WorkspaceInfo(
                 files=size.files if size else None,
@@ -363,50 +340,18 @@ class _Run:
                 written_back=results.written_back,
             ),
             source=source,
-            warnings=[mask(text) for text in self._warnings()],
+            warnings=warnings,
             artifacts=results.artifacts,
             log=results.log,
             trace_id=self.trace_id,
-            reproduce=mask(reproduce_line(plan, image=reference)),
         )
-
-    def _warnings(self) -> Iterator[str]:
-        yield from warnings_of(self.request.payload)
-        yield from self.progress.results.warnings
-        for name, value in self.hidden.items():
-            if too_short(value):
-                yield (
-                    f"the value of {name} is not masked: it has fewer than "
-                    f"{MIN_SECRET_LENGTH} characters"
-                )
-        if self.plan.resources is not None:
-            yield (
-                "task.container.resources is not enforced: this engine has no limits for CPU and "
-                "memory. The command finds the values in MOONMIND_CPUS and MOONMIND_MEMORY"
-            )
-        if self.session.kind == "embedded":
-            yield (
-                f"the embedded engine pulls no images: in the place of {self.plan.image} the "
-                "command ran on this host's own root"
-            )
-        if self.session.live is None:
-            yield "no live output: the engine's session was started by somebody else"
+        return make_report(plan, findings, self.masker)
 
     def _write_metadata(self, folder: Path, report: RunReport) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         payload = json.dumps(publishable(self.request.payload), indent=2, ensure_ascii=False)
         (folder / "payload.json").write_text(self.masker.mask(payload) + "\n", "utf-8", "replace")
         (folder / "run.json").write_text(report.to_json(), "utf-8")
-
-
-def _outcome(execution: Execution | None, failure: RunFailedError | None) -> Outcome:
-    if failure is not None:
-        return failure.outcome
-    if execution is None or execution.ended == "cancelled":
-        return Outcome.CANCELLED
-    if execution.ended == "timed-out":
-        return Outcome.TIMED_OUT
-    return Outcome.SUCCEEDED if execution.exit_code == 0 else Outcome.COMMAND_FAILED
 
 
 def _finished(report: RunReport, plan: Plan) -> dict[str, Any]:
