@@ -1,7 +1,7 @@
 """The bytes of files, by content, and the way between trees and a disk."""
 
 # These functions touch every file of a workspace, and pathlib would be half of their time.
-# ruff: noqa: PTH101, PTH102, PTH104, PTH105, PTH106, PTH108, PTH110, PTH115, PTH123, PTH208, PTH211
+# ruff: noqa: PTH101, PTH102, PTH104, PTH105, PTH106, PTH108, PTH110, PTH112, PTH115, PTH123, PTH208, PTH211
 
 import hashlib
 import io

@@ -1,17 +1,14 @@
 """The embedded engine on real processes, through the real SDK."""
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import dagger
 import pytest
-from dagger.client._config import ConnectConfig
-from dagger.client._session import ConnectParams, SingleConnection
 
-from moonmind_ext.embedded import EmbeddedEngine, sandbox_problem, serve
-
-Connect = Callable[..., AbstractAsyncContextManager[dagger.Client]]
+from moonmind_ext.embedded import sandbox_problem, serve
+from tests.embedded.support import Connect, connected
 
 
 @pytest.fixture(scope="session")
@@ -21,17 +18,12 @@ def sandbox() -> None:
         pytest.skip(problem)
 
 
-@asynccontextmanager
-async def connected(engine: EmbeddedEngine) -> AsyncIterator[dagger.Client]:
-    """Connect the real SDK; it never repeats a query."""
-    params = ConnectParams(port=engine.port, session_token=engine.token)
-    async with SingleConnection(params, ConnectConfig(retry=None)) as connection:
-        yield dagger.Client.from_connection(connection)
-
-
 @pytest.fixture
 def connect(sandbox: None, tmp_path: Path) -> Connect:
-    """Open an engine and a client of it: a fixture cannot hold both, since task groups stay in one task."""
+    """Open an engine and a client of it.
+
+    By the test itself: a fixture is entered and left in two tasks, a task group in one.
+    """
 
     @asynccontextmanager
     async def opened(**options: object) -> AsyncIterator[dagger.Client]:
@@ -40,12 +32,3 @@ def connect(sandbox: None, tmp_path: Path) -> Connect:
             yield client
 
     return opened
-
-
-def host(client: dagger.Client) -> dagger.Container:
-    """Make a container over this host's own root."""
-    return client.container().from_("docker.io/library/alpine:3")
-
-
-def shell(container: dagger.Container, script: str, **options: object) -> dagger.Container:
-    return container.with_exec(["sh", "-c", script], **options)  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ import dagger
 import pytest
 from dagger import ReturnType
 
-from tests.embedded.conftest import Connect, host, shell
+from tests.embedded.support import Connect, host, shell
 
 UNIQUE = "cat /proc/sys/kernel/random/uuid"
 

@@ -9,7 +9,7 @@ import dagger
 import pytest
 from dagger import ReturnType
 
-from tests.embedded.conftest import Connect, host, shell
+from tests.embedded.support import Connect, host, shell
 
 
 async def test_a_command_prints_and_ends(connect: Connect) -> None:
@@ -116,7 +116,7 @@ async def test_a_command_has_its_own_processes_and_its_own_names(connect: Connec
 
 async def test_a_signal_to_everybody_reaches_only_the_tasks_own_processes(connect: Connect) -> None:
     async with connect() as dag:
-        script = "trap : TERM; sleep 60 & kill -TERM -1; wait; echo still here"
+        script = "trap : TERM; sleep 60 & sleep 0.3; kill -TERM -1; wait; echo still here"
         assert await shell(host(dag), script).stdout() == "still here\n"
 
 
@@ -291,6 +291,54 @@ async def test_privileges_are_refused(connect: Connect) -> None:
             await host(dag).with_exec(["true"], insecure_root_capabilities=True).sync()
         with pytest.raises(dagger.QueryError, match="experimentalPrivilegedNesting"):
             await host(dag).with_exec(["true"], experimental_privileged_nesting=True).sync()
+
+
+async def test_no_value_can_become_an_option_of_the_sandbox(connect: Connect) -> None:
+    async with connect() as dag:
+        container = host(dag).with_env_variable("A", "x\0--bind\0/\0/outside")
+        with pytest.raises(dagger.ExecError, match="NUL"):
+            await container.with_exec(["ls", "/outside"]).sync()
+        with pytest.raises(dagger.ExecError, match="NUL"):
+            await host(dag).with_exec(["echo", "a\0b"]).sync()
+
+
+async def test_the_kernels_settings_cannot_be_written(connect: Connect) -> None:
+    async with connect() as dag:
+        for container in (host(dag), host(dag).with_user("1000")):
+            ran = shell(container, "test -w /proc/sys/kernel/core_pattern", expect=ReturnType.ANY)
+            assert await ran.exit_code() == 1
+
+
+async def test_a_working_directory_is_not_made_outside_through_a_link(
+    connect: Connect, tmp_path: Path
+) -> None:
+    outside = "../" * 20 + str(tmp_path).lstrip("/")
+    async with connect() as dag:
+        directory = (
+            dag.directory().with_symlink(outside, "link").with_symlink(str(tmp_path), "absolute")
+        )
+        for name in ("link", "absolute"):
+            container = host(dag).with_mounted_directory("/w", directory)
+            with pytest.raises(dagger.QueryError):
+                await container.with_workdir(f"/w/{name}/made").with_exec(["pwd"]).sync()
+            volume = host(dag).with_mounted_cache("/c", dag.cache_volume("v"))
+            target = outside if name == "link" else str(tmp_path)
+            await volume.with_exec(["ln", "-s", target, f"/c/{name}"]).sync()
+            with pytest.raises(dagger.QueryError):
+                await volume.with_workdir(f"/c/{name}/made").with_exec(["pwd"]).sync()
+    assert not (tmp_path / "made").exists()
+
+
+async def test_what_was_removed_from_the_root_can_be_made_again(connect: Connect) -> None:
+    async with connect() as dag:
+        gone = shell(host(dag), "rm -rf /etc/ssl /etc/passwd /tmp; true")
+        if await gone.exists("/etc/ssl"):
+            pytest.skip("the host's /etc cannot be written by an ordinary user")
+        again = gone.with_workdir("/etc/ssl").with_mounted_file(
+            "/etc/passwd", dag.file("p", "mine")
+        )
+        assert await shell(again, "ls -A; cat /etc/passwd").stdout() == "mine"
+        assert await again.with_new_file("/etc/ssl/a", "").directory("/etc/ssl").entries() == ["a"]
 
 
 async def test_where_nothing_ran_there_is_no_output(connect: Connect) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import dagger
 import pytest
 
-from tests.embedded.conftest import Connect, host, shell
+from tests.embedded.support import Connect, host, shell
 
 
 async def test_a_directory_is_made_of_calls(connect: Connect) -> None:

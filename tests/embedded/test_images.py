@@ -4,7 +4,7 @@ import dagger
 import pytest
 
 from moonmind_ext.embedded.images import static_busybox
-from tests.embedded.conftest import Connect, shell
+from tests.embedded.support import Connect, shell
 
 needs_busybox = pytest.mark.skipif(
     static_busybox() is None, reason="no static busybox (busybox-static)"

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from moonmind_ext.embedded import serve
-from tests.embedded.conftest import Connect, connected, host, shell
+from tests.embedded.support import Connect, connected, host, shell
 from tests.embedded.test_commands import running
 
 NUMBERS = iter(range(860_000, 869_999))
@@ -133,7 +133,7 @@ import anyio, sys
 from pathlib import Path
 from moonmind_ext.embedded import serve
 sys.path.insert(0, sys.argv[3])
-from tests.embedded.conftest import connected, host, shell
+from tests.embedded.support import connected, host, shell
 
 async def main():
     async with serve(state_dir=Path(sys.argv[1])) as engine, connected(engine) as dag:

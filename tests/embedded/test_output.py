@@ -19,7 +19,7 @@ from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsSer
 
 from moonmind_ext import asgi
 from moonmind_ext.embedded.output import Masker
-from tests.embedded.conftest import Connect, host, shell
+from tests.embedded.support import Connect, host, shell
 
 
 @given(st.lists(st.text("abc", max_size=4), max_size=3), st.lists(st.text("abc", max_size=5)))

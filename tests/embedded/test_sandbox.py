@@ -18,7 +18,7 @@ from moonmind_ext.embedded.sandbox import (
     find_identity,
     find_sandbox,
 )
-from tests.embedded.conftest import Connect, host, shell
+from tests.embedded.support import Connect, host, shell
 
 
 def options(**changes: object) -> list[str]:
@@ -115,7 +115,7 @@ AS_ORDINARY_USER = """
 import anyio, os, sys
 from pathlib import Path
 from moonmind_ext.embedded import sandbox_problem, serve
-from tests.embedded.conftest import connected, host, shell
+from tests.embedded.support import connected, host, shell
 
 async def main():
     state = Path(sys.argv[1])

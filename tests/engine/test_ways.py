@@ -166,7 +166,10 @@ async def test_a_command_on_path_is_used_where_docker_answers(place: Place, api:
 async def test_the_next_way_is_taken_where_the_first_one_does_not_answer(
     place: Place, api: Api
 ) -> None:
-    place.command("dagger", says_address(api.port), SERVES_UNTIL_TOLD)
+    saved = place.home / "environ"
+    place.command(
+        "dagger", f"cat /proc/$$/environ > {saved}", says_address(api.port), SERVES_UNTIL_TOLD
+    )
     environment = {
         **place.environment,
         "DAGGER_SESSION_PORT": str(closed_port()),
@@ -175,6 +178,9 @@ async def test_the_next_way_is_taken_where_the_first_one_does_not_answer(
     }
     async with open_session(environment=environment) as session:
         assert session.how == "the runner host tcp://engine:1"
+
+    # With these, the command would make a session inside the one that does not answer.
+    assert "DAGGER_SESSION_" not in saved.read_text()
 
 
 async def test_the_session_gets_the_environment_and_is_told_where_to_send_its_records(
@@ -361,7 +367,11 @@ async def no_engine(environment: dict[str, str], open_seconds: float = 20) -> st
 
 
 def reasons(message: str) -> list[str]:
-    return [line.removeprefix("  - ") for line in message.splitlines() if line.startswith("  - ")]
+    first, *lines, last = message.splitlines()
+    assert first == "no Dagger engine could be reached. Tried:"
+    assert last.startswith("Start Docker, or ")
+    assert all(line.startswith("  - ") for line in lines), "a reason is one line"
+    return [line.removeprefix("  - ") for line in lines]
 
 
 async def test_with_nothing_to_be_had_one_message_says_what_was_tried_and_what_to_do(
