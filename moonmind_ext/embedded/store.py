@@ -75,8 +75,9 @@ class Store:
         ours
             Whether the file may be taken instead of copied.
         """
-        # NOFOLLOW: it may have become a link since it was looked at.
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
+        # It may have become a link or a pipe since it was looked at.
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        with open(os.open(path, flags), "rb") as file:
             if ours:
                 content = hashlib.file_digest(file, "sha256").hexdigest()
                 size = file.tell()

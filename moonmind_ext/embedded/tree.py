@@ -68,9 +68,6 @@ def directory(permissions: int = 0o755) -> Entry:
     return Entry(stat.S_IFDIR | permissions, mtime_ns=time.time_ns())
 
 
-EMPTY: Tree = {"": Entry(stat.S_IFDIR | 0o755)}
-
-
 def relative(path: str) -> str:
     """Normalise a path of the API: relative to the root, and never out of it."""
     return posixpath.normpath(f"/{path}").lstrip("/")

@@ -5,7 +5,7 @@ import pytest
 from moonmind_ext.embedded import filters
 from moonmind_ext.embedded import tree as trees
 from moonmind_ext.embedded.filters import Filter
-from moonmind_ext.embedded.tree import Entry
+from moonmind_ext.embedded.tree import Entry, Tree
 
 PATHS = (
     "a.py",
@@ -19,7 +19,7 @@ PATHS = (
 
 
 def taken(wanted: Filter, ignore_files: dict[str, str] | None = None) -> list[str]:
-    tree = trees.EMPTY
+    tree: Tree = {"": trees.directory()}
     for path in (*PATHS, *(ignore_files or {})):
         tree = trees.put(tree, path, {"": Entry(0o100644)})
     kept = filters.apply(tree, wanted, ignore_files or {})

@@ -82,6 +82,13 @@ def test_a_bubblewrap_that_fails_is_reported_with_its_own_words(
     assert "No permissions to create new namespace" in problem
 
 
+def test_a_state_directory_that_cannot_be_made_is_named(sandbox: None, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    problem = find_sandbox(tmp_path / "file" / "state")
+    assert isinstance(problem, str)
+    assert str(tmp_path / "file") in problem
+
+
 async def test_without_overlays_everything_but_the_hosts_root_is_writable(
     connect: Connect, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

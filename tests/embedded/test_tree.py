@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from moonmind_ext.embedded import tree as trees
 from moonmind_ext.embedded.tree import Entry, Tree
 
+EMPTY: Tree = {"": trees.directory()}
+
 
 def file(content: str = "x", permissions: int = 0o644) -> Entry:
     return Entry(stat.S_IFREG | permissions, content, len(content))
@@ -18,14 +20,14 @@ def link(target: str) -> Entry:
 
 
 def make(**files: Entry) -> Tree:
-    tree = trees.EMPTY
+    tree = EMPTY
     for path, entry in files.items():
         tree = trees.put(tree, path.replace("__", "/"), {"": entry})
     return tree
 
 
 def test_laying_a_tree_over_another_makes_the_way_to_it() -> None:
-    tree = trees.put(trees.EMPTY, "/a/b", make(c=file()))
+    tree = trees.put(EMPTY, "/a/b", make(c=file()))
     assert set(tree) == {"", "a", "a/b", "a/b/c"}
 
 
