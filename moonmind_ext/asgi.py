@@ -4,9 +4,10 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-import anyio
 import uvicorn
 from anyio.abc import TaskStatus
+
+from pipelines.concurrency import task_group
 
 STOP_SECONDS = 2
 """For requests under way when the server stops. Their senders are being closed
@@ -36,7 +37,7 @@ async def serve(app: object) -> AsyncIterator[int]:
     )
     server = _Server(config)
     with listener:
-        async with anyio.create_task_group() as tasks:
+        async with task_group() as tasks:
             await tasks.start(server.run_until_told, listener)
             try:
                 yield listener.getsockname()[1]

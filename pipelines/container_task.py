@@ -17,6 +17,7 @@ import dagger
 import httpx
 from gql.transport.exceptions import TransportError
 
+from pipelines.artifacts import SETUID_CLEARED, SPECIAL_REMOVED
 from pipelines.concurrency import together
 from pipelines.payload import CacheMode
 from pipelines.plan import DEFAULT_HELPER_IMAGE, Plan, split_env
@@ -109,6 +110,13 @@ class Execution:
     specials: tuple[str, ...] = ()
     setuid: tuple[str, ...] = ()
 
+    def removed_below(self, root: str) -> Iterator[tuple[str, str]]:
+        """Give what the supervisor changed below a directory: relative path, and reason."""
+        for paths, reason in ((self.specials, SPECIAL_REMOVED), (self.setuid, SETUID_CLEARED)):
+            for path in paths:
+                if path.startswith(f"{root}/"):
+                    yield path.removeprefix(f"{root}/"), reason
+
 
 async def resolve_image(
     client: dagger.Client, reference: str, *, helper_image: str = DEFAULT_HELPER_IMAGE
@@ -148,6 +156,44 @@ async def resolve_image(
     )
 
 
+def prepare(
+    client: dagger.Client,
+    plan: Plan,
+    image: Image,
+    workspace: dagger.Directory,
+    secrets: Mapping[str, dagger.Secret],
+) -> dagger.Container:
+    """Put everything but the command into the container.
+
+    Returns
+    -------
+    dagger.Container
+        In which nothing has run yet; lazy.
+    """
+    owner = image.user
+    supervisor = resources.files("pipelines").joinpath("supervisor.sh").read_text("utf-8")
+    container = (
+        image.container.with_mounted_directory(plan.repo_dir, workspace, owner=owner)
+        .with_mounted_directory(plan.artifact_dir, client.directory(), owner=owner)
+        .with_mounted_directory(_OUT, client.directory(), owner=owner)
+        .with_mounted_file(
+            _SUPERVISOR,
+            client.directory().with_new_file("supervisor.sh", supervisor).file("supervisor.sh"),
+        )
+        .with_mounted_cache(_CONTROL, client.cache_volume("moonmind-control"))
+    )
+    for volume in plan.cache_volumes:
+        cache = client.cache_volume(volume.name)
+        container = container.with_mounted_cache(volume.target, cache, owner=owner)
+    for name, value in split_env(plan.env)[0].items():
+        container = container.with_env_variable(name, value)
+    for name, value in plan.secret_values.items():
+        container = container.with_secret_variable(name, secret_of(client, plan, name, value))
+    for name, secret in secrets.items():
+        container = container.with_secret_variable(name, secret)
+    return container.with_workdir(plan.workdir)
+
+
 async def run_command(
     client: dagger.Client,
     plan: Plan,
@@ -172,7 +218,7 @@ async def run_command(
     EngineFailedError
         When the engine fails or is gone; the command may have run.
     """
-    prepared = _prepare(client, plan, image, workspace, secrets)
+    prepared = prepare(client, plan, image, workspace, secrets)
     if plan.cache is CacheMode.NEVER:
         return await _execute(client, prepared, plan, image, run=uuid4().hex)
 
@@ -255,38 +301,6 @@ def engine_failures(doing: str, *, image: bool = False) -> Iterator[None]:
         raise EngineFailedError(f"{doing}: {message}") from error
     except (dagger.DaggerError, TransportError, httpx.HTTPError, OSError) as error:
         raise EngineFailedError(f"{doing}: the engine is gone: {error or type(error)}") from error
-
-
-def _prepare(
-    client: dagger.Client,
-    plan: Plan,
-    image: Image,
-    workspace: dagger.Directory,
-    secrets: Mapping[str, dagger.Secret],
-) -> dagger.Container:
-    """Put everything but the command into the container."""
-    owner = image.user
-    supervisor = resources.files("pipelines").joinpath("supervisor.sh").read_text("utf-8")
-    container = (
-        image.container.with_mounted_directory(plan.repo_dir, workspace, owner=owner)
-        .with_mounted_directory(plan.artifact_dir, client.directory(), owner=owner)
-        .with_mounted_directory(_OUT, client.directory(), owner=owner)
-        .with_mounted_file(
-            _SUPERVISOR,
-            client.directory().with_new_file("supervisor.sh", supervisor).file("supervisor.sh"),
-        )
-        .with_mounted_cache(_CONTROL, client.cache_volume("moonmind-control"))
-    )
-    for volume in plan.cache_volumes:
-        cache = client.cache_volume(volume.name)
-        container = container.with_mounted_cache(volume.target, cache, owner=owner)
-    for name, value in split_env(plan.env)[0].items():
-        container = container.with_env_variable(name, value)
-    for name, value in plan.secret_values.items():
-        container = container.with_secret_variable(name, secret_of(client, plan, name, value))
-    for name, secret in secrets.items():
-        container = container.with_secret_variable(name, secret)
-    return container.with_workdir(plan.workdir)
 
 
 async def _execute(

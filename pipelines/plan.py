@@ -20,6 +20,7 @@ from pipelines.payload import (
     WorkspaceFilter,
     WriteBack,
     looks_secret,
+    parse_secret_reference,
 )
 
 DEFAULT_WORKDIR = "/work/agent_jobs"
@@ -197,6 +198,9 @@ def plan_task(payload: TaskPayload, *, job_id: str, defaults: Defaults | None = 
 def reproduce_line(plan: Plan, *, image: str, module: str = ".") -> str:
     """Give the `dagger call` that runs the plan again.
 
+    Its paths are for the workspace as the current directory, with the run's output
+    beside it; `moonmind-ext reproduce` puts in where they really are.
+
     Parameters
     ----------
     image
@@ -204,16 +208,35 @@ def reproduce_line(plan: Plan, *, image: str, module: str = ".") -> str:
     module
         Where the Dagger module is: a checkout of this project, or its git address.
     """
-    payload = f"{plan.artifacts_subdir}/metadata/payload.json"
     words = ["dagger", "-m", module, "call", "run"]
     words += [
-        f"--payload={payload}",
+        f"--payload={plan.artifacts_subdir}/metadata/payload.json",
         "--workspace=.",
         f"--job-id={plan.job_id}",
         f"--image={image}",
     ]
-    words += [f"--secrets={reference}" for reference in plan.secret_env.values()]
+    workdir = str(PurePosixPath(plan.repo_dir).parents[1])
+    if workdir != DEFAULT_WORKDIR:
+        words.append(f"--jobs-dir={workdir}")
+    if plan.timeout_seconds != DEFAULT_TIMEOUT_SECONDS:
+        words.append(f"--timeout-seconds={plan.timeout_seconds}")
+    words += [f"--secrets={secret_address(reference)}" for reference in plan.secret_env.values()]
+    # In the published payload these are references too, behind the others.
+    words += [f"--secrets=env://{name}" for name in plan.secret_values]
     return shlex.join([*words, "check"])
+
+
+def secret_address(reference: str) -> str:
+    """Translate a payload's reference to a secret into Dagger's address of it.
+
+    They differ for Vault only: Dagger takes the mount from VAULT_PATH_PREFIX, or
+    `secret`, and has a dot before the field.
+    """
+    found = parse_secret_reference(reference)
+    if found.scheme != "vault":
+        return str(found)
+    path, _, field = found.location.partition("#")
+    return f"vault://{path.partition('/')[2]}.{field}"
 
 
 def summarize(command: tuple[str, ...]) -> str:

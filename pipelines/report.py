@@ -278,6 +278,19 @@ def make_report(plan: Plan, findings: Findings, masker: Masker) -> RunReport:
     )
 
 
+def exit_status(report: RunReport) -> int:
+    """Give the code to end with: the command's own, or one of sysexits.h where it never ran."""
+    match report.outcome:
+        case Outcome.IMAGE_UNAVAILABLE:
+            return 69
+        case Outcome.ENGINE_FAILED:
+            return 75
+        case Outcome.CANCELLED:
+            return 130
+        case _:
+            return report.exit_code or 0
+
+
 def _failure_message(
     outcome: Outcome, plan: Plan, exit_code: int | None, findings: Findings
 ) -> str | None:

@@ -7,6 +7,8 @@ it serves until its standard input is closed.
 """
 
 import json
+import os
+import signal
 import subprocess
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
@@ -19,12 +21,15 @@ from anyio.abc import ByteReceiveStream, Process
 from anyio.streams.buffered import BufferedByteReceiveStream
 from anyio.streams.text import TextReceiveStream
 
+from pipelines.concurrency import task_group
+
 CLOSE_SECONDS = 10
 """For the child to end after its standard input was closed. It only has to tell
 the engine; caches are not exported here, so there is nothing to wait longer for."""
 
 _KEPT_LINES = 50
 _MAX_LINE_BYTES = 4096
+_PORTS = 1 << 16
 
 
 class SessionStartError(Exception):
@@ -76,46 +81,66 @@ async def cli_session(
     except OSError as error:
         raise SessionStartError(f"{cli}: {error.strerror}") from error
     said: deque[str] = deque(maxlen=_KEPT_LINES)
-    try:
-        async with anyio.create_task_group() as tasks:
-            # Unread, the pipe fills up and the child stops where it stands.
-            tasks.start_soon(_keep_lines, process.stderr, said)
-            address = await _read_address(process, said, deadline)
+    all_said = anyio.Event()
+    address = None
+    async with task_group() as tasks:
+        # Unread, the pipe fills up and the child stops where it stands.
+        tasks.start_soon(_keep_lines, process.stderr, said, all_said)
+        try:
+            address = await _read_address(process, deadline)
+            if address is None:
+                how = "gave no port" if process.returncode is None else "ended"
+                _kill(process)
+                # The last words are in the pipe; nobody is left to add some.
+                with anyio.move_on_after(1):
+                    await all_said.wait()
+                last = "; ".join(said) or "it said nothing"
+                raise SessionStartError(
+                    f"dagger session {how} within {round(deadline, 1):g}s: {last}"
+                )
             tasks.start_soon(_drain, process.stdout)
             yield address
-            await _close(process)
-    finally:
-        with anyio.CancelScope(shield=True):
-            await _close(process)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await _close(process, gently=address is not None)
+        # A child that has left its session may hold the pipes open.
+        tasks.cancel_scope.cancel()
 
 
-async def _read_address(process: Process, said: deque[str], deadline: float) -> SessionAddress:
+async def _read_address(process: Process, deadline: float) -> SessionAddress | None:
     assert process.stdout is not None
     line = b""
-    with anyio.move_on_after(deadline), suppress(anyio.EndOfStream, anyio.IncompleteRead):
+    with (
+        anyio.move_on_after(deadline),
+        suppress(anyio.EndOfStream, anyio.IncompleteRead, anyio.DelimiterNotFound),
+    ):
         line = await BufferedByteReceiveStream(process.stdout).receive_until(b"\n", _MAX_LINE_BYTES)
     try:
         params = json.loads(line)
-        return SessionAddress(port=int(params["port"]), token=str(params["session_token"]))
-    except (ValueError, KeyError, TypeError):
-        # Let the last words arrive; they are on their way already.
-        with anyio.move_on_after(0.2):
-            await process.wait()
-        last = "; ".join(said) or "it said nothing"
-        how = "gave no port" if process.returncode is None else "ended"
-        raise SessionStartError(f"dagger session {how} within {deadline:g}s: {last}") from None
+        port, token = int(params["port"]), str(params["session_token"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        port, token = 0, ""
+    if 0 < port < _PORTS:
+        return SessionAddress(port, token)
+    # Whether it has ended is known soon.
+    with anyio.move_on_after(0.2):
+        await process.wait()
+    return None
 
 
-async def _keep_lines(stream: ByteReceiveStream | None, said: deque[str]) -> None:
+async def _keep_lines(
+    stream: ByteReceiveStream | None, said: deque[str], all_said: anyio.Event
+) -> None:
     assert stream is not None
     rest = ""
     with suppress(anyio.ClosedResourceError, anyio.BrokenResourceError):
         async for text in TextReceiveStream(stream, errors="replace"):
             *lines, rest = (rest + text).split("\n")
-            said.extend(line.strip() for line in lines if line.strip())
+            said.extend(line.strip()[-_MAX_LINE_BYTES:] for line in lines if line.strip())
             rest = rest[-_MAX_LINE_BYTES:]
     if rest.strip():
         said.append(rest.strip())
+    all_said.set()
 
 
 async def _drain(stream: ByteReceiveStream | None) -> None:
@@ -125,13 +150,19 @@ async def _drain(stream: ByteReceiveStream | None) -> None:
             pass
 
 
-async def _close(process: Process) -> None:
-    """End the child: gently first, by closing its standard input."""
-    if process.stdin is not None:
+async def _close(process: Process, *, gently: bool) -> None:
+    """End the child, and what it has started."""
+    assert process.stdin is not None
+    if gently:
         with suppress(anyio.ClosedResourceError, anyio.BrokenResourceError, OSError):
             await process.stdin.aclose()
-    with anyio.move_on_after(CLOSE_SECONDS):
-        await process.wait()
-    if process.returncode is None:
-        process.kill()
-        await process.wait()
+        with anyio.move_on_after(CLOSE_SECONDS):
+            await process.wait()
+    _kill(process)
+    await process.aclose()
+
+
+def _kill(process: Process) -> None:
+    """Kill the child's whole process group, which its own session made it the head of."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)

@@ -5,7 +5,6 @@ carries the trace id that the query was sent with. So one receiver serves all th
 tasks of a session and tells their output apart.
 """
 
-import gzip
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
 from contextlib import asynccontextmanager, contextmanager
@@ -67,9 +66,9 @@ class LiveLogs:
         try:
             headers = dict(scope["headers"])
             if headers.get(b"content-encoding") == b"gzip":
-                body = gzip.decompress(body)
+                body = _unzip(body)
             self._dispatch(ExportLogsServiceRequest.FromString(body))
-        except (DecodeError, OSError, EOFError, zlib.error):
+        except (DecodeError, EOFError, zlib.error):
             status = 400
         await send(
             {
@@ -108,12 +107,26 @@ async def _read_body(receive: Callable[[], Awaitable[_Message]]) -> bytes:
     size = 0
     while True:
         message = await receive()
+        if message["type"] == "http.disconnect":
+            # What has arrived may look complete; it will be sent again.
+            return b""
         chunk = message.get("body", b"")
         size += len(chunk)
         if size <= MAX_BODY_BYTES:
             chunks.append(chunk)
         if not message.get("more_body"):
             return b"".join(chunks) if size <= MAX_BODY_BYTES else b""
+
+
+def _unzip(body: bytes) -> bytes:
+    """Unzip a body; one that is too large then is as good as empty."""
+    unzip = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
+    plain = unzip.decompress(body, MAX_BODY_BYTES + 1)
+    if len(plain) > MAX_BODY_BYTES:
+        return b""
+    if not unzip.eof:
+        raise EOFError
+    return plain
 
 
 @asynccontextmanager

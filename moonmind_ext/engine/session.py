@@ -28,6 +28,9 @@ CHECK_SECONDS = 10
 DOCKER_SECONDS = 5
 """For Docker to say that it is there."""
 
+_PORTS = 1 << 16
+_PORT_DIGITS = 5
+
 
 class NoEngineError(Exception):
     """No engine could be had; the message lists what was tried and what to do."""
@@ -105,15 +108,15 @@ def ways(environment: Mapping[str, str]) -> list[Way]:
     found: list[Way] = []
     if port := environment.get("DAGGER_SESSION_PORT"):
         token = environment.get("DAGGER_SESSION_TOKEN", "")
-        if not port.isdecimal() or not token:
+        if not _is_port(port) or not token:
             raise NoEngineError(
-                "DAGGER_SESSION_PORT is set: it must be a number, with DAGGER_SESSION_TOKEN "
+                "DAGGER_SESSION_PORT is set: it must be a port's number, with DAGGER_SESSION_TOKEN "
                 "beside it. `dagger run` sets both; unset them to have a session of your own."
             )
         address = SessionAddress(int(port), token)
         found.append(Way(f"the attached session on port {port}", attached=address))
     cli = environment.get("_EXPERIMENTAL_DAGGER_CLI_BIN") or shutil.which(
-        "dagger", path=environment.get("PATH")
+        "dagger", path=environment.get("PATH", "")
     )
     if host := environment.get("_EXPERIMENTAL_DAGGER_RUNNER_HOST"):
         found.append(Way(f"the runner host {host}", cli=cli))
@@ -122,6 +125,10 @@ def ways(environment: Mapping[str, str]) -> list[Way]:
     else:
         found.append(Way("the SDK's own download with Docker", needs_docker=True))
     return found
+
+
+def _is_port(text: str) -> bool:
+    return text.isdecimal() and len(text) <= _PORT_DIGITS and 0 < int(text) < _PORTS
 
 
 @asynccontextmanager
@@ -147,28 +154,27 @@ async def open_session(
     NoEngineError
         When none answers.
     """
-    async with AsyncExitStack() as stack:
-        if choice is EngineChoice.EMBEDDED:
+    if choice is EngineChoice.EMBEDDED:
+        async with AsyncExitStack() as stack:
             yield await _open_embedded(stack, open_seconds)
-            return
-        tried: list[str] = []
-        for way in ways(environment):
-            attempt = AsyncExitStack()
+        return
+    tried: list[str] = []
+    for way in ways(environment):
+        # Closes also when the attempt fails or is cancelled half-way.
+        async with AsyncExitStack() as attempt:
             try:
                 session = await _open(attempt, way, environment, open_seconds)
             except _NoAnswerError as error:
-                await attempt.aclose()
-                tried.append(f"  - {way.how}: {error}")
+                tried.append(f"  - {way.how}: {' '.join(str(error).split())}")
                 continue
-            await stack.enter_async_context(attempt)
             yield session
             return
-        raise NoEngineError(
-            "no Dagger engine could be reached. Tried:\n" + "\n".join(tried) + "\n"
-            "Start Docker, or name an engine in _EXPERIMENTAL_DAGGER_RUNNER_HOST "
-            "(unix:///path/to/engine.sock or tcp://host:port), or take the embedded "
-            "engine with --engine embedded. `moonmind-ext doctor` shows more."
-        )
+    raise NoEngineError(
+        "no Dagger engine could be reached. Tried:\n" + "\n".join(tried) + "\n"
+        "Start Docker, or name an engine in _EXPERIMENTAL_DAGGER_RUNNER_HOST "
+        "(unix:///path/to/engine.sock or tcp://host:port), or take the embedded "
+        "engine with --engine embedded. `moonmind-ext doctor` shows more."
+    )
 
 
 class _NoAnswerError(Exception):
@@ -249,14 +255,21 @@ def _import_dagger() -> None:
 
 
 async def _download_cli() -> str:
+    # Imported here: 0.9 s, and the loop goes on meanwhile.
+    await anyio.to_thread.run_sync(_import_dagger)
+    import dagger
     from dagger.provisioning._download import Downloader
 
-    return str(await Downloader())
+    try:
+        # Awaiting the SDK's downloader would wait for its thread, deadline or not.
+        return await anyio.to_thread.run_sync(Downloader().get_sync, abandon_on_cancel=True)
+    except (dagger.DaggerError, OSError, ValueError) as error:
+        raise _NoAnswerError(f"no dagger command could be downloaded: {error}") from error
 
 
 async def docker_problem(environment: Mapping[str, str]) -> str | None:
     """Say why Docker cannot be used; None where it can."""
-    docker = shutil.which("docker", path=environment.get("PATH"))
+    docker = shutil.which("docker", path=environment.get("PATH", ""))
     if docker is None:
         return "there is no docker command on PATH"
     command = [docker, "version", "--format", "{{.Server.Version}}"]
@@ -267,6 +280,8 @@ async def docker_problem(environment: Mapping[str, str]) -> str | None:
             )
     except TimeoutError:
         return f"Docker gave no answer within {DOCKER_SECONDS}s"
+    except OSError as error:
+        return f"{docker}: {error.strerror}"
     if result.returncode:
         lines = result.stderr.decode(errors="replace").strip().splitlines()
         return lines[-1] if lines else "docker version failed"
@@ -274,8 +289,10 @@ async def docker_problem(environment: Mapping[str, str]) -> str | None:
 
 
 def _session_environment(environment: Mapping[str, str], live: LiveLogs) -> dict[str, str]:
+    # In an attached session that did not answer, the command would make one inside it.
+    attached = {"DAGGER_SESSION_PORT", "DAGGER_SESSION_TOKEN"}
     return {
-        **environment,
+        **{name: value for name, value in environment.items() if name not in attached},
         "OTEL_EXPORTER_OTLP_LOGS_ENDPOINT": live.endpoint,
         "OTEL_EXPORTER_OTLP_LOGS_PROTOCOL": "http/protobuf",
         "OTEL_EXPORTER_OTLP_TRACES_LIVE": "1",

@@ -61,9 +61,11 @@ class Place:
         return not self.processes()
 
     def kill(self) -> None:
-        for pid in self.processes():
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        # Again, for what was being started meanwhile.
+        while found := self.processes():
+            for pid in found:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
 
 def processes_with(variable: str) -> dict[int, str]:
