@@ -231,8 +231,14 @@ def demo(
         defaults=Defaults(),
         secrets={},
     )
-    choice = _best_engine(engine, engine_open_seconds)
-    code = _run_job(job, choice, engine_open_seconds, as_json=False)
+    try:
+        code = _run_job(job, engine, engine_open_seconds, as_json=False)
+    except _ExitError as error:
+        # The one place where the embedded engine is taken without being asked for.
+        if error.code != EXIT_ENGINE or engine is not EngineChoice.AUTO:
+            raise
+        _say("no Dagger engine answers: the demo takes the embedded one")
+        code = _run_job(job, EngineChoice.EMBEDDED, engine_open_seconds, as_json=False)
     for file in sorted(path for path in output.rglob("*") if path.is_file()):
         print(f"{file}  {file.stat().st_size:,} bytes")
     raise typer.Exit(code)
@@ -295,11 +301,12 @@ async def _run_on_engine(
     from moonmind_ext.engine.session import open_session
 
     report = None
-    stop = anyio.Event()
+    stop, opened = anyio.Event(), anyio.Event()
     async with (
-        _stop_on_signals(stop, console),
+        _stop_on_signals(stop, opened, console),
         open_session(engine, environment=dict(os.environ), open_seconds=open_seconds) as session,
     ):
+        opened.set()
         # Imports Dagger, which the session has brought by now.
         from moonmind_ext.run.task import OutputError, RunRequest, run_task
 
@@ -320,14 +327,19 @@ async def _run_on_engine(
 
 
 @asynccontextmanager
-async def _stop_on_signals(stop: "anyio.Event", console: "Console") -> AsyncIterator[None]:
-    """Turn the first Ctrl-C or SIGTERM into a stop, and the second into an end at once."""
+async def _stop_on_signals(
+    stop: "anyio.Event", opened: "anyio.Event", console: "Console"
+) -> AsyncIterator[None]:
+    """Turn the first Ctrl-C or SIGTERM into a stop, and the second into an end at once.
+
+    Before the engine's session is open there is nothing to stop: then the first ends it.
+    """
     import anyio
 
     async def watch(scope: anyio.CancelScope) -> None:
         with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
             async for _ in signals:
-                if stop.is_set():
+                if stop.is_set() or not opened.is_set():
                     scope.cancel()
                 else:
                     console.print("stopping the task; once more to end at once", style="yellow")
@@ -411,26 +423,6 @@ def _example_folder() -> Path:
         if (folder / "python" / "payload.json").is_file():
             return folder / "python"
     raise _ExitError(EXIT_NO_INPUT, "the examples are not installed; run the demo from a checkout")
-
-
-async def _answers(open_seconds: float) -> bool:
-    from moonmind_ext.engine.session import NoEngineError, open_session
-
-    try:
-        async with open_session(environment=dict(os.environ), open_seconds=open_seconds):
-            return True
-    except NoEngineError:
-        return False
-
-
-def _best_engine(choice: EngineChoice, open_seconds: float) -> EngineChoice:
-    """Fall back to the embedded engine, which only the demo does."""
-    import anyio
-
-    if choice is not EngineChoice.AUTO or anyio.run(_answers, open_seconds):
-        return choice
-    _say("no Dagger engine answers: the demo takes the embedded one")
-    return EngineChoice.EMBEDDED
 
 
 def _console(*, stderr: bool) -> "Console":

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TextIO
 
@@ -22,6 +23,9 @@ _DOING = {
 }
 
 
+_SHOWN_REFUSED = 10
+
+
 class ConsoleObserver:
     """Shows the command's output on stdout and the run's progress on stderr.
 
@@ -37,6 +41,9 @@ class ConsoleObserver:
         self._console = console
         self._as_json = as_json
         self._stdout: TextIO | None = sys.stdout
+        if isinstance(sys.stdout, TextIOWrapper):
+            # What a command prints need not be what this terminal can show.
+            sys.stdout.reconfigure(errors="backslashreplace")
         self._running: list[Phase] = []
         self._status: Status | None = None
 
@@ -97,6 +104,7 @@ def closing_table(report: RunReport, output: Path, artifacts_subdir: str) -> Ite
     """
     style = "green" if report.outcome is Outcome.SUCCEEDED else "bold red"
     folder = output / artifacts_subdir
+    log = folder / "logs" / "runner.log"
     size = sum(file.bytes for file in report.artifacts.files)
     rows = [("outcome", f"[{style}]{report.outcome}[/]")]
     if report.exit_code is not None:
@@ -108,7 +116,7 @@ def closing_table(report: RunReport, output: Path, artifacts_subdir: str) -> Ite
         ("time", f"{report.duration_seconds:.2f} s{cached}"),
         ("engine", f"{report.engine.kind} {report.engine.version}"),
         ("artifacts", escape(f"{len(report.artifacts.files)} ({size:,} bytes) in {folder}")),
-        ("log", escape(str(folder / "logs" / "runner.log"))),
+        *([("log", escape(str(log)))] if log.exists() else []),
         ("report", escape(str(folder / "metadata" / "run.json"))),
     ]
     refused = dict(report.artifacts.refused)
@@ -117,7 +125,10 @@ def closing_table(report: RunReport, output: Path, artifacts_subdir: str) -> Ite
         counts = (len(back.added), len(back.modified), len(back.removed))
         rows.append(("workspace", "{} added, {} changed, {} removed".format(*counts)))
         refused |= back.refused
-    rows += [("refused", escape(f"{path} {reason}")) for path, reason in refused.items()]
+    shown = list(refused.items())[:_SHOWN_REFUSED]
+    rows += [("refused", escape(f"{path} {reason}")) for path, reason in shown]
+    if len(refused) > _SHOWN_REFUSED:
+        rows.append(("refused", f"and {len(refused) - _SHOWN_REFUSED} more: see the report"))
     rows += [("[yellow]warning[/]", escape(warning)) for warning in report.warnings]
     for title, value in rows:
         # Markup takes no room on the screen.

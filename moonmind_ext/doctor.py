@@ -84,6 +84,9 @@ async def _cli(environment: Mapping[str, str]) -> Finding:
             result = await anyio.run_process([cli, "version"], check=False, env=environment)
     except (OSError, TimeoutError) as error:
         return Finding("Dagger CLI", False, f"{cli}: {error or 'no answer'}", "reinstall dagger")
+    if result.returncode:
+        said = result.stderr.decode(errors="replace").strip()
+        return Finding("Dagger CLI", False, f"{cli}: {said}", "reinstall dagger")
     return Finding("Dagger CLI", True, f"{cli}: {result.stdout.decode(errors='replace').strip()}")
 
 
@@ -121,8 +124,12 @@ async def _engine(environment: Mapping[str, str], open_seconds: float) -> list[F
                 ),
             ]
     except NoEngineError as error:
+        found = str(error).partition("Tried:")[2].strip().splitlines()
+        tried = "\n".join(line.strip(" -") for line in found if line.startswith("  -")) or str(
+            error
+        )
         return [
-            Finding("Dagger engine", False, str(error).splitlines()[0], "see the lines above"),
+            Finding("Dagger engine", False, tried, "start one, or name one; see docs/engines.md")
         ]
 
 

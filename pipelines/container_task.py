@@ -4,10 +4,11 @@ The client is always an argument: in a module it is `dagger.dag`, in the worker
 and on the command line an isolated client.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from hashlib import sha256
 from importlib import resources
 from typing import Any
 from uuid import uuid4
@@ -36,6 +37,9 @@ longer than this means that the engine is stuck, busy with 100 other tasks or no
 MAX_CACHED_FAILURES = 16
 """How many failures of the same task are skipped in search of a success to reuse.
 Each costs one cached query, 20 ms; after them the task simply runs."""
+
+_LAST_PLAIN_EXIT_CODE = 128
+"""Above it, a signal ended the process."""
 
 _HOME = "/.moonmind"
 _OUT = f"{_HOME}/out"
@@ -143,7 +147,8 @@ async def resolve_image(
         )
     sh: tuple[str, ...] = ("/bin/sh",)
     if not (shell and (find or find_in_bin)):
-        with engine_failures(f"helper image {helper_image}", image=True):
+        # Ours to provide, so not the task's failure.
+        with engine_failures(f"helper image {helper_image}"):
             busybox = await client.container().from_(helper_image).file("/bin/busybox").sync()
         container = container.with_mounted_file(_BUSYBOX, busybox)
         sh = (_BUSYBOX, "sh")
@@ -180,7 +185,7 @@ def prepare(
             _SUPERVISOR,
             client.directory().with_new_file("supervisor.sh", supervisor).file("supervisor.sh"),
         )
-        .with_mounted_cache(_CONTROL, client.cache_volume("moonmind-control"))
+        .with_mounted_cache(_CONTROL, _control(client, plan))
     )
     for volume in plan.cache_volumes:
         cache = client.cache_volume(volume.name)
@@ -200,6 +205,8 @@ async def run_command(
     image: Image,
     workspace: dagger.Directory,
     secrets: Mapping[str, dagger.Secret],
+    *,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> Execution:
     """Run the plan's command on a workspace.
 
@@ -212,6 +219,9 @@ async def run_command(
         Already sent; it is mounted writable, as a copy.
     secrets
         One for each name of the plan's `secret_env`.
+    stopping
+        Whether this run was asked to stop: for `cache: reuse`, where another run's stop
+        may have ended the command that both wait for.
 
     Raises
     ------
@@ -225,7 +235,11 @@ async def run_command(
     now = await _engine_clock(image)
     for attempt in range(MAX_CACHED_FAILURES):
         execution = await _execute(client, prepared, plan, image, run=str(attempt), now=now)
-        if not execution.ending.cached or outcome_of(execution.ending, None) is Outcome.SUCCEEDED:
+        ending = execution.ending
+        if outcome_of(ending, None) is Outcome.SUCCEEDED:
+            return execution
+        anothers = ending.cached or (ending.ended_by == "cancelled" and not stopping())
+        if not anothers:
             return execution
     return await _execute(client, prepared, plan, image, run=uuid4().hex)
 
@@ -242,9 +256,7 @@ async def request_stop(client: dagger.Client, plan: Plan, image: Image) -> None:
         When the engine cannot pass it on.
     """
     # A cache volume is the one place that two running containers share.
-    container = image.container.with_mounted_cache(
-        _CONTROL, client.cache_volume("moonmind-control")
-    )
+    container = image.container.with_mounted_cache(_CONTROL, _control(client, plan))
     with engine_failures("stopping the command"):
         await _write_clock(container, image, f"{_CONTROL}/{plan.stop_name}").sync()
 
@@ -299,8 +311,13 @@ def engine_failures(doing: str, *, image: bool = False) -> Iterator[None]:
         if image and any(said in message.lower() for said in _UNAVAILABLE):
             raise ImageUnavailableError(f"{doing} is not available: {message}") from error
         raise EngineFailedError(f"{doing}: {message}") from error
-    except (dagger.DaggerError, TransportError, httpx.HTTPError, OSError) as error:
+    except (dagger.DaggerError, TransportError, httpx.HTTPError) as error:
         raise EngineFailedError(f"{doing}: the engine is gone: {error or type(error)}") from error
+
+
+def _control(client: dagger.Client, plan: Plan) -> dagger.CacheVolume:
+    """Give the volume that a run can be stopped through; no other run's command sees it."""
+    return client.cache_volume(f"moonmind-control-{sha256(plan.stop_name.encode()).hexdigest()}")
 
 
 async def _execute(
@@ -334,6 +351,9 @@ async def _execute(
                     [*image.shell, _SUPERVISOR, *arguments], redirect_stdout=_LOG
                 ).sync()
             except dagger.ExecError as error:
+                if error.exit_code <= _LAST_PLAIN_EXIT_CODE:
+                    message = f"the supervisor could not run: {error.stderr.strip()[-500:]}"
+                    raise EngineFailedError(f"{message} ({error})") from error
                 # An engine that goes down kills its containers: then this fails too.
                 await client.version()
                 # The supervisor is killed only together with everything else in the

@@ -25,7 +25,7 @@ from pipelines.container_task import (
     resolve_image,
     run_command,
 )
-from pipelines.inventory import judge, list_entries
+from pipelines.inventory import judge, list_entries, without
 from pipelines.masking import Masker
 from pipelines.payload import PullMode, TaskPayload, publishable, warnings_of
 from pipelines.plan import DEFAULT_HELPER_IMAGE, Plan
@@ -88,6 +88,8 @@ async def run_in_engine(
     plan: Plan,
     workspace: dagger.Directory,
     secrets: Sequence[dagger.Secret],
+    *,
+    helper_image: str = DEFAULT_HELPER_IMAGE,
 ) -> tuple[RunReport, EngineResult]:
     """Run a task, and keep everything in the engine.
 
@@ -97,6 +99,8 @@ async def run_in_engine(
         Of which `plan` was made.
     secrets
         For the names of the plan's `secret_env`, in their order.
+    helper_image
+        Lends its busybox to images without a shell.
 
     Raises
     ------
@@ -105,7 +109,8 @@ async def run_in_engine(
     """
     given = _by_name(plan, secrets)
     values = dict(zip(given, await together(*(s.plaintext() for s in given.values())), strict=True))
-    run = _EngineRun(client, plan, workspace, given, {**plan.secret_values, **values})
+    hidden = {**plan.secret_values, **values}
+    run = _EngineRun(client, plan, workspace, given, hidden, helper_image)
     began = datetime.now(UTC)
     failure = None
     try:
@@ -162,6 +167,7 @@ class _EngineRun:
     workspace: dagger.Directory
     secrets: Mapping[str, dagger.Secret]
     hidden: Mapping[str, str]
+    helper_image: str
     masker: Masker = field(init=False)
     result: EngineResult = field(init=False)
     execution: Execution | None = None
@@ -199,9 +205,7 @@ class _EngineRun:
 
     async def _resolve(self) -> Image:
         with self._phase("image"):
-            return await resolve_image(
-                self.client, self.plan.image, helper_image=DEFAULT_HELPER_IMAGE
-            )
+            return await resolve_image(self.client, self.plan.image, helper_image=self.helper_image)
 
     async def _keep_log(self) -> None:
         assert self.execution is not None
@@ -253,7 +257,7 @@ class _EngineRun:
         if rules.include or rules.exclude:
             directory = directory.filter(include=rules.include, exclude=rules.exclude)
         found = judge(await list_entries(self.client, image, directory), rules)
-        self.result.artifacts = directory.without_files(list(found.refused))
+        self.result.artifacts = without(directory, found.refused)
         for path, reason in execution.removed_below(self.plan.artifact_dir):
             found.refused.setdefault(readable(path), reason)
         self.artifacts = found
@@ -274,7 +278,7 @@ class _EngineRun:
             for entry in entries
             if entry.target and (reason := refuse_link(entry.path, entry.target))
         }
-        after = after.without_files(list(refused))
+        after = without(after, refused)
         changes = after.changes(before)
         with engine_failures("comparing the workspace"):
             added, modified, removed = await together(

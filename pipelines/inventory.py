@@ -5,6 +5,7 @@ leaves the engine.
 """
 
 import posixpath
+import re
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -121,6 +122,16 @@ def judge(entries: Iterable[Entry], rules: ArtifactRules) -> Artifacts:
                 Artifact(path=readable(entry.path), bytes=entry.size, sha256=entry.sha256)
             )
     return found
+
+
+def without(directory: dagger.Directory, paths: Iterable[str]) -> dagger.Directory:
+    """Take out entries by their names, which to Dagger are patterns."""
+    # What is not UTF-8 in a name arrived as U+FFFD.
+    patterns = [
+        re.sub(r"[*?\[\]\\]", r"\\\g<0>", path).replace("\N{REPLACEMENT CHARACTER}", "?")
+        for path in paths
+    ]
+    return directory.filter(exclude=patterns) if patterns else directory
 
 
 def _order(entry: Entry) -> tuple[list[bytes], bytes]:

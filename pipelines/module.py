@@ -4,7 +4,8 @@ The same pipeline as the worker's, for a laptop and for CI.
 """
 
 import dataclasses
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
 from uuid import uuid4
 
 import dagger
@@ -12,7 +13,7 @@ from dagger import DefaultPath, Doc, Ignore, dag, field, function, object_type
 
 from pipelines.engine_run import run_in_engine
 from pipelines.payload import DEFAULT_TIMEOUT_SECONDS, TaskPayload, loads, parse_any
-from pipelines.plan import DEFAULT_WORKDIR, Defaults, plan_task
+from pipelines.plan import DEFAULT_HELPER_IMAGE, DEFAULT_WORKDIR, Defaults, plan_task
 from pipelines.report import exit_status
 
 TAIL_LINES = 20
@@ -39,6 +40,17 @@ JobId = Annotated[
     str | None, Doc("Name of the run, and part of its paths in the container. Default: a new one.")
 ]
 JobsDir = Annotated[str, Doc("The jobs' directory in the container, MOONMIND_WORKDIR.")]
+
+_Func = TypeVar("_Func", bound=Callable[..., Any])
+
+
+def never_cached(func: _Func) -> _Func:
+    """Make a function of the module that runs every time it is called.
+
+    Dagger answers other calls with the same arguments from its cache.
+    """
+    # The SDK's overloads forget `cache`.
+    return function(func, cache="never")  # type: ignore[call-overload, no-any-return]
 
 
 @object_type
@@ -108,12 +120,12 @@ class TaskRun:
         await self.bare.with_exec([*self.shell, "-c", script, shown, str(self.exit_code)]).sync()
         raise AssertionError
 
-    @function(cache="never")
+    @never_cached
     def terminal(self) -> dagger.Container:
         """Open a shell in the container that ran, as the command has left it."""
         return self._shell_in(self.after)
 
-    @function(cache="never")
+    @never_cached
     def terminal_before(self) -> dagger.Container:
         """Open a shell in the container that ran, as the command has found it."""
         return self._shell_in(self.before)
@@ -128,7 +140,11 @@ class TaskRun:
 class Moonmind:
     """Runs MoonMind's container tasks."""
 
-    @function(cache="never")
+    helper_image: Annotated[
+        str, Doc("Lends its static busybox to images that have no shell or no find.")
+    ] = DEFAULT_HELPER_IMAGE
+
+    @never_cached
     async def run(  # noqa: PLR0913, PLR0917, its arguments are a command line
         self,
         payload: Annotated[
@@ -155,9 +171,9 @@ class Moonmind:
         """
         defaults = Defaults(workdir=jobs_dir, timeout_seconds=timeout_seconds)
         task = parse_any(loads(await payload.contents()))
-        return await _run(task, workspace, secrets or [], job_id, image, defaults)
+        return await self._run(task, workspace, secrets or [], job_id, image, defaults)
 
-    @function(cache="never")
+    @never_cached
     async def container(  # noqa: PLR0913, PLR0917, its arguments are a command line
         self,
         image: Annotated[str, Doc("Image reference, by tag or digest.")],
@@ -188,47 +204,52 @@ class Moonmind:
                 "timeoutSeconds": timeout_seconds,
             }
         )
-        return await _run(task, workspace, secrets or [], job_id, None, Defaults())
+        return await self._run(task, workspace, secrets or [], job_id, None, Defaults())
 
-
-async def _run(
-    task: TaskPayload,
-    workspace: dagger.Directory,
-    secrets: list[dagger.Secret],
-    job_id: str | None,
-    image: str | None,
-    defaults: Defaults,
-) -> TaskRun:
-    plan = plan_task(task, job_id=job_id or str(uuid4()), defaults=defaults)
-    # `changes` is always there to be asked for; nothing is applied by itself.
-    plan = dataclasses.replace(plan, image=image or plan.image, write_back=True)
-    report, left = await run_in_engine(dag, task, plan, workspace, secrets)
-    code = exit_status(report)
-    run_json = dag.file("run.json", report.to_json())
-    result = (
-        dag.directory()
-        .with_directory("artifacts", left.artifacts)
-        .with_file("logs/runner.log", left.log, permissions=0o644)
-        .with_file("run.json", run_json)
-        .with_new_file("payload.json", left.payload)
-        .with_new_file("exit-code", f"{code}\n")
-    )
-    ending = f"{report.outcome}: exit code {code}" + (f", {report.error}" if report.error else "")
-    return TaskRun(
-        exit_code=code,
-        outcome=report.outcome.value,
-        log=left.log,
-        artifacts=left.artifacts,
-        changes=left.after.changes(left.before),
-        report=run_json,
-        result=result,
-        summary="".join(f"warning: {w}\n" for w in report.warnings) + ending + "\n",
-        tail="\n".join(left.log_tail.splitlines()[-TAIL_LINES:]),
-        bare=left.image.container if left.image else None,
-        before=left.prepared,
-        after=left.finished,
-        shell=list(left.image.shell) if left.image else [],
-    )
+    async def _run(
+        self,
+        task: TaskPayload,
+        workspace: dagger.Directory,
+        secrets: list[dagger.Secret],
+        job_id: str | None,
+        image: str | None,
+        defaults: Defaults,
+    ) -> TaskRun:
+        plan = plan_task(task, job_id=job_id or str(uuid4()), defaults=defaults)
+        # `changes` is always there to be asked for; nothing is applied by itself.
+        plan = dataclasses.replace(plan, image=image or plan.image, write_back=True)
+        report, left = await run_in_engine(
+            dag, task, plan, workspace, secrets, helper_image=self.helper_image
+        )
+        code = exit_status(report)
+        run_json = dag.file("run.json", report.to_json())
+        result = (
+            dag.directory()
+            .with_directory("artifacts", left.artifacts)
+            .with_file("logs/runner.log", left.log, permissions=0o644)
+            .with_file("run.json", run_json)
+            .with_new_file("payload.json", left.payload)
+            .with_new_file("exit-code", f"{code}\n")
+        )
+        ending = f"{report.outcome}: exit code {code}" + (
+            f", {report.error}" if report.error else ""
+        )
+        # mypy does not see that `object_type` makes a dataclass.
+        return TaskRun(  # type: ignore[call-arg]
+            exit_code=code,
+            outcome=report.outcome.value,
+            log=left.log,
+            artifacts=left.artifacts,
+            changes=left.after.changes(left.before),
+            report=run_json,
+            result=result,
+            summary="".join(f"warning: {w}\n" for w in report.warnings) + ending + "\n",
+            tail="\n".join(left.log_tail.splitlines()[-TAIL_LINES:]),
+            bare=left.image.container if left.image else None,
+            before=left.prepared,
+            after=left.finished,
+            shell=list(left.image.shell) if left.image else [],
+        )
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -8,6 +8,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from pipelines.masking import too_short
 from pipelines.payload import (
     DEFAULT_TIMEOUT_SECONDS,
     ArtifactRules,
@@ -155,7 +156,12 @@ def plan_task(payload: TaskPayload, *, job_id: str, defaults: Defaults | None = 
     artifact_dir = posixpath.join(job_dir, "artifacts", spec.artifacts_subdir)
 
     env = dict(spec.env)
-    secret_values = {name: env.pop(name) for name in spec.env if looks_secret(name)}
+    # A short one would be masked all over the output, and is no secret anyway.
+    secret_values = {
+        name: env.pop(name)
+        for name, value in spec.env.items()
+        if looks_secret(name) and not too_short(value)
+    }
     env |= {"ARTIFACT_DIR": artifact_dir, "JOB_ID": identity, "REPOSITORY": payload.repository}
     if spec.resources is not None:
         if spec.resources.cpus is not None:

@@ -1,8 +1,8 @@
 """What a run was: its outcome and the model of `run.json`. Pure; no Dagger import."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Literal
 
@@ -243,8 +243,10 @@ def make_report(plan: Plan, findings: Findings, masker: Masker) -> RunReport:
     outcome = outcome_of(ending, failure)
     exit_code = ending.exit_code if ending else None
     error = str(failure) if failure else _failure_message(outcome, plan, exit_code, findings)
-    now = datetime.now(UTC)
-    seconds = ending.seconds if ending else round((now - findings.began).total_seconds(), 3)
+    # By the engine's clock alone where the command ran: two clocks make no duration.
+    began, ended = findings.began, datetime.now(UTC)
+    if ending is not None:
+        began, ended = ending.started_at, ending.started_at + timedelta(seconds=ending.seconds)
     return RunReport(
         job_id=plan.job_id,
         repository=plan.repository,
@@ -258,9 +260,9 @@ def make_report(plan: Plan, findings: Findings, masker: Masker) -> RunReport:
         timeout_seconds=plan.timeout_seconds,
         timed_out=outcome is Outcome.TIMED_OUT,
         exit_code=TIMED_OUT_EXIT_CODE if outcome is Outcome.TIMED_OUT else exit_code,
-        started_at=ending.started_at if ending else findings.began,
-        finished_at=now,
-        duration_seconds=seconds,
+        started_at=began,
+        finished_at=ended,
+        duration_seconds=round((ended - began).total_seconds(), 3),
         error=mask(error) if error else None,
         outcome=outcome,
         retryable=failure is not None and failure.retryable and plan.retryable,
@@ -268,14 +270,40 @@ def make_report(plan: Plan, findings: Findings, masker: Masker) -> RunReport:
         image_digest=findings.reference.partition("@")[2] or None,
         cached=ending is not None and ending.cached,
         timings=findings.timings,
-        workspace=findings.workspace,
+        workspace=findings.workspace and _masked_workspace(findings.workspace, mask),
         source=findings.source,
-        warnings=[mask(warning) for warning in findings.warnings],
-        artifacts=findings.artifacts,
+        warnings=findings.warnings,
+        artifacts=_masked_artifacts(findings.artifacts, mask),
         log=findings.log,
         trace_id=findings.trace_id,
-        reproduce=mask(reproduce_line(plan, image=findings.reference)),
+        reproduce=reproduce_line(plan, image=findings.reference),
     )
+
+
+_Mask = Callable[[str], str]
+
+
+def _masked_artifacts(artifacts: Artifacts, mask: _Mask) -> Artifacts:
+    """Mask names: commands put secrets there too."""
+    files = [file.model_copy(update={"path": mask(file.path)}) for file in artifacts.files]
+    return Artifacts(files=files, refused=_masked_keys(artifacts.refused, mask))
+
+
+def _masked_workspace(workspace: WorkspaceInfo, mask: _Mask) -> WorkspaceInfo:
+    back = workspace.written_back
+    if back is None:
+        return workspace
+    masked = WrittenBack(
+        added=[mask(path) for path in back.added],
+        modified=[mask(path) for path in back.modified],
+        removed=[mask(path) for path in back.removed],
+        refused=_masked_keys(back.refused, mask),
+    )
+    return workspace.model_copy(update={"written_back": masked})
+
+
+def _masked_keys(refused: dict[str, str], mask: _Mask) -> dict[str, str]:
+    return {mask(path): reason for path, reason in refused.items()}
 
 
 def exit_status(report: RunReport) -> int:
@@ -318,8 +346,8 @@ def run_warnings(plan: Plan, *, hidden: Mapping[str, str], engine: EngineInfo) -
     for name, value in hidden.items():
         if too_short(value):
             yield (
-                f"the value of {name} is not masked: it has fewer than "
-                f"{MIN_SECRET_LENGTH} characters"
+                f"{name} has fewer than {MIN_SECRET_LENGTH} characters: what we write is not "
+                "masked for it"
             )
     if plan.resources is not None:
         yield (

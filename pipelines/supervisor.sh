@@ -1,7 +1,7 @@
 #!/bin/sh
 # Runs one command inside the task's container, so that its file system
-# survives every end: whatever happens to the command, this script exits 0 and
-# leaves in OUT what it saw.
+# survives its end: however the command ends, this script exits 0 and leaves in OUT
+# what it saw. Only a SIGKILL that is meant for it takes both.
 #
 #   supervisor.sh RUN LIMIT GRACE OUT STOP ARTIFACTS WORKSPACE COMMAND...
 #
@@ -41,8 +41,13 @@ mm_reason=
 mm_path=$PATH
 PATH=$PATH:/usr/local/bin:/usr/bin:/bin
 
-# A handler, since an ignored signal would be inherited by the command.
-trap : TERM
+# The command may signal its whole process group, which is ours too where there is no
+# setsid. Handlers, since ignored signals would be inherited by the command.
+steady() {
+    trap : HUP INT QUIT USR1 USR2 PIPE ALRM TERM
+}
+steady
+mm_setsid=$(command -v setsid)
 
 # Centiseconds since boot, in $mm_up: the one clock that all shells can read and
 # nobody sets back.
@@ -71,7 +76,7 @@ others() {
 # A stop is written with its time: one of an earlier run is not meant for us. Not by
 # the files' own times, of which busybox compares the seconds only.
 asked_to_stop() {
-    { read -r mm_stop_boot mm_stop_up <"$mm_stop"; } 2>/dev/null &&
+    [ -f "$mm_stop" ] && { read -r mm_stop_boot mm_stop_up <"$mm_stop"; } 2>/dev/null &&
         [ "$mm_stop_boot" = "$mm_boot" ] && [ "$mm_stop_up" -ge "$mm_began" ]
 }
 
@@ -79,6 +84,7 @@ asked_to_stop() {
 # process of the task, grandchildren and new sessions too. `kill -1` spares PID 1
 # and the caller; the supervisor itself has its handler.
 watch() {
+    steady
     read -r mm_watchdog mm_rest </proc/self/stat
     mm_reason=
     while [ -z "$mm_reason" ]; do
@@ -116,8 +122,6 @@ clear_hostile() {
     find "$1" -xdev -type f \( -perm -4000 -o -perm -2000 \) -print0 -exec chmod ug-s {} + >>"$mm_out/setuid"
 }
 
-: >"$mm_out/specials"
-: >"$mm_out/setuid"
 read -r mm_boot </proc/sys/kernel/random/boot_id
 mm_epoch=$(date +%s)
 uptime
@@ -129,15 +133,16 @@ mm_watchdog=$!
 
 # In the foreground, since a shell's background commands ignore SIGINT; by exec,
 # so that no builtin or function of ours stands in for the program that is meant.
-(PATH=$mm_path && exec "$@") 2>&1
+(PATH=$mm_path && exec $mm_setsid "$@") 2>&1
 mm_code=$?
 uptime
 mm_finished=$mm_up
 
 # The limit or a stop: what the command started has its grace period too.
-if [ -s "$mm_out/ended" ]; then
+if [ -f "$mm_out/ended" ]; then
     wait "$mm_watchdog"
     read -r mm_reason <"$mm_out/ended"
+    case $mm_reason in timed-out | cancelled) ;; *) mm_reason= ;; esac
     uptime
     mm_finished=$mm_up
 fi
@@ -145,6 +150,10 @@ fi
 # As with a container whose PID 1 ends: nothing goes on, and nothing can change
 # the files while we look through them.
 kill -KILL -1 2>/dev/null
+
+# The command may have put something else in their places.
+rm -rf "$mm_out/specials" "$mm_out/setuid" "$mm_out/result"
+[ -f "$mm_out/log" ] || rm -rf "$mm_out/log"
 
 clear_hostile "$mm_artifacts" 2>/dev/null
 [ -z "$mm_workspace" ] || clear_hostile "$mm_workspace" 2>/dev/null

@@ -4,8 +4,10 @@ import base64
 import json
 import os
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
-from contextlib import asynccontextmanager
+import signal
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from moonmind_ext.embedded.query import VERSION, Query
 from moonmind_ext.embedded.sandbox import Sandbox, find_sandbox
 from moonmind_ext.embedded.schema import answer, make_schema
 from moonmind_ext.embedded.session import Session, open_session
+from pipelines.concurrency import task_group
 
 MAX_QUERY_BYTES = 256 << 20
 """Of one request: `withNewFile` carries whole files, but not a disk."""
@@ -85,12 +88,29 @@ async def serve(
     if isinstance(sandbox, str):
         raise SandboxUnavailableError(sandbox)
     app = _App()
-    async with anyio.create_task_group() as tasks:
-        port = await tasks.start(_run, app, state_dir, sandbox, logs_endpoint)
-        try:
-            yield EmbeddedEngine(port, app)
-        finally:
-            app.die()
+    with _signals_for_commands():
+        async with task_group() as tasks:
+            port = await tasks.start(_run, app, state_dir, sandbox, logs_endpoint)
+            try:
+                yield EmbeddedEngine(port, app)
+            finally:
+                app.die()
+
+
+@contextmanager
+def _signals_for_commands() -> Iterator[None]:
+    """Handle what this process ignores: commands would inherit that, as under `nohup … &`."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ignored = [s for s in (signal.SIGINT, signal.SIGQUIT) if signal.getsignal(s) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, lambda *_: None)
+    try:
+        yield
+    finally:
+        for number in ignored:
+            signal.signal(number, signal.SIG_IGN)
 
 
 async def _run(

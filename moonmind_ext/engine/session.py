@@ -4,8 +4,9 @@ import shutil
 import subprocess
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
+from weakref import WeakValueDictionary
 
 import anyio
 import anyio.to_thread
@@ -60,6 +61,23 @@ class EngineSession:
     how: str
     client: "dagger.Client"
     live: LiveLogs | None
+    # Kept as long as somebody waits for or has one.
+    _turns: "WeakValueDictionary[str, anyio.Lock]" = field(
+        default_factory=WeakValueDictionary, repr=False, compare=False
+    )
+
+    @asynccontextmanager
+    async def turn(self, name: str) -> AsyncIterator[None]:
+        """Wait until no other run of this session has the same name.
+
+        The engine merges identical commands that run at once, so one run's failure or
+        stop would be the other's too.
+        """
+        lock = self._turns.get(name)
+        if lock is None:
+            lock = self._turns[name] = anyio.Lock()
+        async with lock:
+            yield
 
     async def check(self) -> None:
         """Ask the engine something, through the whole way.

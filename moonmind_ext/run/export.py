@@ -1,25 +1,20 @@
 """What a command left in the engine comes out: fetched, checked, masked."""
 
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import anyio.to_thread
 import dagger
 
 from moonmind_ext.run.collect import check_artifacts
 from moonmind_ext.run.log import write_excerpt, write_log
-from moonmind_ext.workspace.write_back import Changes, apply_changes
-from pipelines.artifacts import SETUID_CLEARED, SPECIAL_REMOVED, in_git, readable
+from moonmind_ext.workspace.write_back import write_back
+from pipelines.artifacts import in_git, readable
 from pipelines.concurrency import together
 from pipelines.container_task import Execution, Image, engine_failures, log_excerpt
 from pipelines.masking import Masker
 from pipelines.plan import Plan
 from pipelines.report import Artifacts, LogInfo, WrittenBack
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 
 @dataclass(slots=True)
@@ -60,15 +55,16 @@ class Exporter:
     masker: Masker
     log_limit_bytes: int
 
-    async def export(self, execution: Execution, artifacts: Path, staging: Path) -> Results:
+    async def export(self, execution: Execution, results: Results, staging: Path) -> None:
         """Bring everything out.
 
         Parameters
         ----------
-        artifacts
-            Does not exist yet; gets the artifacts and `logs/runner.log`.
+        results
+            Filled in as things arrive, so that a failure in the middle keeps the rest.
         staging
-            A directory on the same file system, for files on their way.
+            An empty directory, on the file system of the output. It gets `artifacts`,
+            which holds nothing that was not checked, and `runner.log`.
 
         Raises
         ------
@@ -78,48 +74,44 @@ class Exporter:
             When something cannot be written.
         """
         if execution.container is None:
-            return self._lost(execution, artifacts)
-        results = Results()
+            self._lost(execution, results, staging / "runner.log")
+            return
         (staging / "log").mkdir()
-        results.artifacts, results.log, changes = await together(
-            self._artifacts(execution.container, artifacts),
-            self._log(execution, staging / "log"),
-            self._changes(execution.container, results.warnings),
+        results.log, results.artifacts = await together(
+            self._log(execution, staging), self._artifacts(execution, staging)
         )
-        results.written_back = changes
-        (artifacts / "logs").mkdir(exist_ok=True)
-        (staging / "log" / "masked").replace(artifacts / "logs" / "runner.log")
-        self._name_removed(execution, results)
-        return results
+        # Not beside the others: what it changes is the user's own.
+        if self.plan.write_back:
+            results.written_back = await self._changes(execution, results)
 
-    def _lost(self, execution: Execution, artifacts: Path) -> Results:
-        log = artifacts / "logs" / "runner.log"
-        log.parent.mkdir(parents=True)
-        log.write_text(self.masker.mask(execution.lost_output), encoding="utf-8")
-        return Results(
-            log=LogInfo(bytes=log.stat().st_size, truncated=True),
-            warnings=[
-                (
-                    "everything in the container was killed at once (by the command itself, or "
-                    "for want of memory): its artifacts are lost and its log may be cut"
-                )
-            ],
+    def _lost(self, execution: Execution, results: Results, log: Path) -> None:
+        text = self.masker.mask(execution.lost_output)
+        log.write_text(text, encoding="utf-8", errors="replace")
+        results.log = LogInfo(bytes=log.stat().st_size, truncated=True)
+        results.warnings.append(
+            "everything in the container was killed at once (by the command itself, or for want "
+            "of memory): its artifacts are lost and its log may be cut"
         )
 
-    async def _artifacts(self, container: dagger.Container, target: Path) -> Artifacts:
-        rules = self.plan.artifacts
-        directory = container.directory(self.plan.artifact_dir)
+    async def _artifacts(self, execution: Execution, staging: Path) -> Artifacts:
+        assert execution.container is not None
+        rules, unchecked = self.plan.artifacts, staging / "unchecked"
+        directory = execution.container.directory(self.plan.artifact_dir)
         if rules.include or rules.exclude:
             directory = directory.filter(include=rules.include, exclude=rules.exclude)
         with engine_failures("bringing the artifacts back"):
-            await directory.export(str(target))
-        target.mkdir(exist_ok=True)
-        return await anyio.to_thread.run_sync(check_artifacts, target, rules)
+            await directory.export(str(unchecked))
+        unchecked.mkdir(exist_ok=True)
+        artifacts = await anyio.to_thread.run_sync(check_artifacts, unchecked, rules)
+        for path, reason in execution.removed_below(self.plan.artifact_dir):
+            artifacts.refused.setdefault(readable(path), reason)
+        unchecked.rename(staging / "artifacts")
+        return artifacts
 
-    async def _log(self, execution: Execution, folder: Path) -> LogInfo:
+    async def _log(self, execution: Execution, staging: Path) -> LogInfo:
         assert execution.log is not None
         total, limit = execution.log_bytes, self.log_limit_bytes
-        raw, masked = folder / "raw", folder / "masked"
+        raw, masked = staging / "log" / "raw", staging / "runner.log"
         with engine_failures("bringing the log back"):
             if total <= limit:
                 await execution.log.export(str(raw))
@@ -133,48 +125,16 @@ class Exporter:
         )
         return LogInfo(bytes=total, truncated=True)
 
-    async def _changes(
-        self, container: dagger.Container, warnings: list[str]
-    ) -> WrittenBack | None:
-        if not self.plan.write_back:
-            return None
-        changeset = container.directory(self.plan.repo_dir).changes(self.before)
-        # Beside the files themselves, so that each can be moved into its place.
-        with (
-            tempfile.TemporaryDirectory(prefix=".moonmind-", dir=self.workspace) as folder,
-            engine_failures("bringing the changes back"),
-        ):
-            staging = Path(folder) / "changes"
-            *paths, _ = await together(
-                changeset.added_paths(),
-                changeset.modified_paths(),
-                changeset.removed_paths(),
-                changeset.layer().filter(exclude=["**/.git"]).export(str(staging)),
+    async def _changes(self, execution: Execution, results: Results) -> WrittenBack:
+        assert execution.container is not None
+        after = execution.container.directory(self.plan.repo_dir)
+        with engine_failures("bringing the changes back"):
+            written_back, commits = await write_back(after, self.before, self.workspace)
+        if commits:
+            results.warnings.append(
+                "the command made commits or branches: .git does not come back, so they are lost"
             )
-            changes = Changes(*map(tuple, paths))
-            if changes.commits():
-                warnings.append(
-                    "the command made commits or branches: .git does not come back, "
-                    "so they are lost"
-                )
-            return await anyio.to_thread.run_sync(
-                apply_changes, staging, self.workspace, changes.without_git()
-            )
-
-    def _name_removed(self, execution: Execution, results: Results) -> None:
-        """Name what the supervisor took out before it could travel."""
-        places = [(f"{self.plan.artifact_dir}/", results.artifacts.refused)]
-        if results.written_back is not None:
-            places.append((f"{self.plan.repo_dir}/", results.written_back.refused))
-        for path, reason in _removed(execution):
-            for root, refused in places:
-                name = path.removeprefix(root)
-                if name != path and not in_git(name):
-                    refused.setdefault(readable(name), reason)
-
-
-def _removed(execution: Execution) -> "Iterator[tuple[str, str]]":
-    for path in execution.specials:
-        yield path, SPECIAL_REMOVED
-    for path in execution.setuid:
-        yield path, SETUID_CLEARED
+        for path, reason in execution.removed_below(self.plan.repo_dir):
+            if not in_git(path):
+                written_back.refused.setdefault(readable(path), reason)
+        return written_back

@@ -46,19 +46,25 @@ class LiveOutput:
         self._show(self._stream.feed(data))
         self._check()
 
-    async def settle(self, expected: int) -> None:
+    async def settle(self, expected: int) -> int:
         """Wait for what is still on its way, then give what was held back.
 
         Parameters
         ----------
         expected
             Bytes that the command printed.
+
+        Returns
+        -------
+        int
+            How many of them never came.
         """
         self._expected = expected
         self._check()
         with anyio.move_on_after(SETTLE_SECONDS):
             await self._complete.wait()
         self.finish()
+        return expected - self._received
 
     def _check(self) -> None:
         if self._expected is not None and self._received >= self._expected:

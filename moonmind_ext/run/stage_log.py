@@ -9,16 +9,23 @@ from pipelines.masking import Masker
 
 
 class StageLog:
-    """Writes masked lines with their time; open for the duration of the context."""
+    """Writes masked lines with their time; creates the file, and its directory.
+
+    To be closed by its context.
+
+    Raises
+    ------
+    OSError
+        When the file cannot be written.
+    """
 
     def __init__(self, path: Path, masker: Masker) -> None:
-        self._path = path
         self._masker = masker
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("w", encoding="utf-8", errors="replace")
 
     def __enter__(self) -> Self:
-        """Create the file, and its directory."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._path.open("w", encoding="utf-8", errors="replace")
+        """Give itself."""
         return self
 
     def __exit__(

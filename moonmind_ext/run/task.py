@@ -4,7 +4,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +23,7 @@ from moonmind_ext.run.log import DEFAULT_LOG_LIMIT_BYTES, LiveOutput, last_line
 from moonmind_ext.run.stage_log import StageLog
 from moonmind_ext.workspace.send import Size, send_workspace
 from moonmind_ext.workspace.source import read_source
+from pipelines.artifacts import RESERVED_DIRECTORIES
 from pipelines.concurrency import task_group, together
 from pipelines.container_task import (
     Execution,
@@ -34,7 +35,7 @@ from pipelines.container_task import (
     secret_of,
 )
 from pipelines.masking import Masker
-from pipelines.payload import PullMode, TaskPayload, publishable, warnings_of
+from pipelines.payload import CacheMode, PullMode, TaskPayload, publishable, warnings_of
 from pipelines.plan import DEFAULT_HELPER_IMAGE, Defaults, Plan, plan_task
 from pipelines.report import (
     EngineFailedError,
@@ -53,6 +54,9 @@ from pipelines.report import (
 STOP_MARGIN_SECONDS = 15
 """Above the grace period, for a stopped command's container to answer: the stop
 itself is a query, and the supervisor looks for it ten times a second."""
+
+STOP_AGAIN_SECONDS = 1.0
+"""A command whose container is just being made misses the first stop."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +137,7 @@ class _Progress:
     """How far a run has come."""
 
     size: Size | None = None
+    source: Source | None = None
     image: Image | None = None
     execution: Execution | None = None
     results: Results = field(default_factory=Results)
@@ -160,25 +165,27 @@ class _Run:
         self.masker = Masker(self.hidden.values())
         self.watch = Stopwatch(observer)
         self.progress = _Progress()
+        self.began = datetime.now(UTC)
 
     async def run(self) -> RunReport:
         """Go through the run from its first event to its last file."""
         output, target = self.request.output, self.request.output / self.plan.artifacts_subdir
-        _check_target(target)
-        output.mkdir(parents=True, exist_ok=True)
-        with StageLog(output / "logs" / "execute.log", self.masker) as stage_log:
+        try:
+            await anyio.to_thread.run_sync(_clear_target, target)
+            output.mkdir(parents=True, exist_ok=True)
+            stage_log = StageLog(output / "logs" / "execute.log", self.masker)
+        except OSError as error:
+            raise OutputError(f"{error.filename}: {error.strerror}") from error
+        with stage_log:
             self.say = stage_log.line
             self._emit(STARTED, self._started())
-            source = await read_source(self.request.workspace, self.plan.repository)
-            began = datetime.now(UTC)
             # On the file system of the output, so that moving into place is one step.
             with tempfile.TemporaryDirectory(prefix=".moonmind-", dir=output) as folder:
                 staging = Path(folder)
                 with self._failures():
                     await self._phases(staging)
-                report = self._report(source, began, staging / "artifacts")
-                self._write_metadata(staging / "artifacts" / "metadata", report)
-                _replace(staging / "artifacts", target, staging / "earlier")
+                report = self._report(staging / "runner.log")
+                self._publish(staging, target, report)
             level = Level.INFO if report.outcome is Outcome.SUCCEEDED else Level.ERROR
             self._emit(FINISHED, _finished(report, self.plan), level)
             self.say(
@@ -219,11 +226,10 @@ class _Run:
             log_limit_bytes=self.request.log_limit_bytes,
         )
         with self._phase(Phase.EXPORT):
-            artifacts = staging / "artifacts"
-            self.progress.results = await exporter.export(execution, artifacts, staging)
+            await exporter.export(execution, self.progress.results, staging)
         if self.session.live is None:
             live = LiveOutput(Masker(), self.observer.event)
-            live.feed((artifacts / "logs" / "runner.log").read_text("utf-8", "replace"))
+            live.feed((staging / "runner.log").read_text("utf-8", "replace"))
             live.finish()
 
     async def _prepare(self) -> tuple[dagger.Directory, Image] | None:
@@ -231,9 +237,12 @@ class _Run:
         ready = None
         async with task_group() as tasks:
             tasks.start_soon(self._cancel_on_stop, tasks.cancel_scope)
-            ready = await together(self._send(), self._resolve())
+            *ready, _ = await together(self._send(), self._resolve(), self._read_source())
             tasks.cancel_scope.cancel()
-        return ready
+        return tuple(ready) if ready else None
+
+    async def _read_source(self) -> None:
+        self.progress.source = await read_source(self.request.workspace, self.plan.repository)
 
     async def _cancel_on_stop(self, scope: anyio.CancelScope) -> None:
         await self.stop.wait()
@@ -251,7 +260,9 @@ class _Run:
         with self._phase(Phase.IMAGE):
             reference = self.plan.image
             if self.plan.pull is PullMode.ALWAYS and self.session.kind == "dagger":
-                reference = await anyio.to_thread.run_sync(current_reference, reference)
+                reference = await anyio.to_thread.run_sync(
+                    current_reference, reference, abandon_on_cancel=True
+                )
             image = await resolve_image(
                 self.session.client, reference, helper_image=self.request.helper_image
             )
@@ -265,18 +276,33 @@ class _Run:
             name: secret_of(client, self.plan, name, value)
             for name, value in self.request.secrets.items()
         }
+        shared = self.plan.cache is CacheMode.REUSE
+        turn = self.session.turn(self.plan.stop_name) if shared else nullcontext()
         execution = None
-        async with task_group() as tasks:
+        async with turn, task_group() as tasks:
             tasks.start_soon(self._stop_command, image, tasks.cancel_scope)
             live = LiveOutput(self.masker, self.observer.event)
-            if self.session.live is None:
-                execution = await run_command(client, self.plan, image, before, secrets)
-            else:
-                with self.session.live.follow(self.trace_id, live.feed):
-                    execution = await run_command(client, self.plan, image, before, secrets)
-                    await live.settle(execution.log_bytes)
+            with self._following(live):
+                execution = await run_command(
+                    client, self.plan, image, before, secrets, stopping=self.stop.is_set
+                )
+                if self.session.live is not None:
+                    missing = await live.settle(execution.log_bytes)
+                    self._warn_of_missing(missing)
             tasks.cancel_scope.cancel()
         return execution
+
+    def _following(self, live: LiveOutput) -> AbstractContextManager[None]:
+        if self.session.live is None:
+            return nullcontext()
+        return self.session.live.follow(self.trace_id, live.feed)
+
+    def _warn_of_missing(self, missing: int) -> None:
+        if missing > 0:
+            self.progress.results.warnings.append(
+                f"{missing} bytes of output were not seen live, mostly since they are not UTF-8; "
+                "the log has them"
+            )
 
     async def _stop_command(self, image: Image, scope: anyio.CancelScope) -> None:
         """Wait for the stop, pass it on, and end the query if nothing comes of it."""
@@ -284,8 +310,10 @@ class _Run:
         self.say("stopping the command")
         try:
             with anyio.fail_after(self.plan.grace_seconds + STOP_MARGIN_SECONDS), traced():
-                await request_stop(self.session.client, self.plan, image)
-                await anyio.sleep_forever()
+                while True:
+                    # Again and again: a stop counts for a command that has begun.
+                    await request_stop(self.session.client, self.plan, image)
+                    await anyio.sleep(STOP_AGAIN_SECONDS)
         except (RunFailedError, TimeoutError):
             self.say("the command did not stop; its container is killed and its files are lost")
             scope.cancel()
@@ -314,9 +342,9 @@ class _Run:
             "timeoutSeconds": plan.timeout_seconds,
         }
 
-    def _report(self, source: Source, began: datetime, artifacts: Path) -> RunReport:
+    def _report(self, log: Path) -> RunReport:
         plan, progress, results = self.plan, self.progress, self.progress.results
-        log, size = artifacts / "logs" / "runner.log", progress.size
+        size = progress.size
         engine = EngineInfo(kind=self.session.kind, version=self.session.version)
         warnings = [
             *warnings_of(self.request.payload),
@@ -326,7 +354,7 @@ class _Run:
         if self.session.live is None:
             warnings.append("no live output: the engine's session was started by somebody else")
         findings = Findings(
-            began=began,
+            began=self.began,
             ending=progress.execution.ending if progress.execution else None,
             failure=progress.failure,
             engine=engine,
@@ -339,7 +367,7 @@ class _Run:
                 uploaded_bytes=size.bytes if size else None,
                 written_back=results.written_back,
             ),
-            source=source,
+            source=progress.source or Source(repository=plan.repository),
             warnings=warnings,
             artifacts=results.artifacts,
             log=results.log,
@@ -347,11 +375,33 @@ class _Run:
         )
         return make_report(plan, findings, self.masker)
 
-    def _write_metadata(self, folder: Path, report: RunReport) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        payload = json.dumps(publishable(self.request.payload), indent=2, ensure_ascii=False)
-        (folder / "payload.json").write_text(self.masker.mask(payload) + "\n", "utf-8", "replace")
-        (folder / "run.json").write_text(report.to_json(), "utf-8")
+    def _publish(self, staging: Path, target: Path, report: RunReport) -> None:
+        """Put our own files beside the artifacts, and move all into place."""
+        artifacts = staging / "artifacts"
+        artifacts.mkdir(exist_ok=True)
+        for name in RESERVED_DIRECTORIES:
+            (artifacts / name).mkdir(exist_ok=True)
+        if (staging / "runner.log").exists():
+            (staging / "runner.log").rename(artifacts / "logs" / "runner.log")
+        payload = _masked_strings(publishable(self.request.payload), self.masker)
+        text = json.dumps(payload, indent=2, ensure_ascii=False) + "\n"
+        (artifacts / "metadata" / "payload.json").write_text(text, "utf-8", "replace")
+        (artifacts / "metadata" / "run.json").write_text(report.to_json(), "utf-8")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        artifacts.rename(target)
+
+
+def _masked_strings(value: Any, masker: Masker) -> Any:
+    """Mask the texts in JSON data, not its keys: those are the contract's."""
+    match value:
+        case str():
+            return masker.mask(value)
+        case list():
+            return [_masked_strings(item, masker) for item in value]
+        case dict():
+            return {key: _masked_strings(item, masker) for key, item in value.items()}
+        case _:
+            return value
 
 
 def _finished(report: RunReport, plan: Plan) -> dict[str, Any]:
@@ -367,21 +417,15 @@ def _finished(report: RunReport, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _check_target(target: Path) -> None:
-    """Refuse to replace what no run has left."""
+def _clear_target(target: Path) -> None:
+    """Remove what an earlier run has left; nothing else is removed."""
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise OutputError(f"{target}: must be a directory")
-    if target.is_dir() and any(target.iterdir()) and not (target / "metadata/run.json").exists():
+    if not target.is_dir():
+        return
+    if any(target.iterdir()) and not (target / "metadata" / "run.json").exists():
         raise OutputError(
             f"{target}: is not empty and was not left by an earlier run; choose another output "
             "directory, or move it away"
         )
-
-
-def _replace(source: Path, target: Path, earlier: Path) -> None:
-    """Move a directory into place; what an earlier run left there is removed."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists():
-        target.rename(earlier)
-        shutil.rmtree(earlier)
-    source.rename(target)
+    shutil.rmtree(target)
