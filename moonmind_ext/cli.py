@@ -2,11 +2,14 @@
 
 import json
 import os
+import shlex
+import shutil
 import signal
 import sys
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 from uuid import uuid4
@@ -14,10 +17,12 @@ from uuid import uuid4
 import typer
 
 from moonmind_ext.engine.choice import EngineChoice
+from moonmind_ext.run.output import OutputError, clear_output
 from moonmind_ext.run.secrets import SecretError, read_env_file, resolve_secrets
 from pipelines.concurrency import task_group
 from pipelines.payload import (
     DEFAULT_TIMEOUT_SECONDS,
+    MAX_SECONDS,
     TaskContractError,
     TaskPayload,
     loads,
@@ -51,7 +56,6 @@ EXIT_INTERRUPTED = 130
 """Those of sysexits.h, timeout(1) and shells."""
 
 app = typer.Typer(
-    help="Run MoonMind container tasks as Dagger pipelines.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -95,9 +99,27 @@ TimeoutOption = Annotated[
     typer.Option(
         envvar="MOONMIND_CONTAINER_TIMEOUT_SECONDS",
         min=1,
+        max=MAX_SECONDS,
         help="Time limit of a command whose payload names none. Default: 3600.",
     ),
 ]
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"moonmind-ext {metadata.version('moonmind-ext')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    *,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Run MoonMind container tasks as Dagger pipelines."""
 
 
 class _ExitError(Exception):
@@ -115,6 +137,8 @@ def main() -> None:
     except _ExitError as end:
         _say(str(end))
         sys.exit(end.code)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
 
 
 @app.command()
@@ -192,23 +216,27 @@ def plan(
 
 @app.command()
 def doctor(engine_open_seconds: OpenSecondsOption = 30) -> None:
-    """Show what this host has for running tasks, and what to do about the rest."""
+    """Show what this host has for running tasks, and what to do about the rest.
+
+    Ends with 0 when a Dagger engine answers, and with 75 otherwise.
+    """
     import anyio
-    from rich.table import Table
+    from rich.markup import escape
 
     from moonmind_ext.doctor import examine
 
-    console = _console(stderr=False)
     findings = anyio.run(examine, dict(os.environ), engine_open_seconds)
-    table = Table(box=None, pad_edge=False)
-    for column in ("", "what", "found", "to do"):
-        table.add_column(column, overflow="fold")
-    marks = {True: "[green]ok[/]", False: "[red]no[/]", None: "-"}
+    console = _console(stderr=False)
+    marks = {True: "[green]ok[/]", False: "[red]no[/]", None: "- "}
     for finding in findings:
-        table.add_row(marks[finding.good], finding.what, finding.found, finding.advice)
-    console.print(table)
-    engines = [f for f in findings if f.what in {"Dagger engine", "embedded engine"}]
-    raise typer.Exit(0 if any(f.good for f in engines) else EXIT_ENGINE)
+        # Not a table of rich's: that would fold what is to be copied.
+        for index, line in enumerate(finding.found.splitlines()):
+            head = f"{marks[finding.good]}  {finding.what:<16}" if index == 0 else " " * 20
+            console.print(f"{head}{escape(line)}", highlight=False)
+        if finding.advice:
+            console.print(f"{'':<20}{escape(finding.advice)}", highlight=False)
+    engine = next(finding for finding in findings if finding.what == "Dagger engine")
+    raise typer.Exit(0 if engine.good else EXIT_ENGINE)
 
 
 @app.command()
@@ -244,6 +272,43 @@ def demo(
     raise typer.Exit(code)
 
 
+@app.command()
+def reproduce(
+    run_dir: Annotated[
+        Path, typer.Argument(metavar="RUN_DIR", help="The output directory of a run.")
+    ],
+    *,
+    run_it: Annotated[
+        bool, typer.Option("--run", help="Run it, on the current directory as the workspace.")
+    ] = False,
+    shell: Annotated[
+        bool,
+        typer.Option("--shell", help="Run it, then open a shell in its container."),
+    ] = False,
+    module: Annotated[
+        str | None,
+        typer.Option(
+            envvar="MOONMIND_MODULE",
+            metavar="ADDRESS",
+            help="The Dagger module: a checkout or its git address. Default: this checkout.",
+        ),
+    ] = None,
+) -> None:
+    """Print the `dagger call` that runs a run again, in a checkout of its repository."""
+    from moonmind_ext.reproduce import NoRunError, reproduce_command
+
+    try:
+        words = reproduce_command(run_dir, module=module, shell=shell)
+    except NoRunError as error:
+        raise _ExitError(EXIT_USAGE, str(error)) from None
+    if not (run_it or shell):
+        print(shlex.join(words))
+        return
+    if shutil.which(words[0]) is None:
+        raise _ExitError(EXIT_ENGINE, "there is no `dagger` on PATH to run it with")
+    os.execvp(words[0], words)  # noqa: S606, no shell is what is wanted
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
     """What `run` and `demo` have in common.
@@ -275,11 +340,18 @@ def _run_job(job: _Job, engine: EngineChoice, open_seconds: float, *, as_json: b
     console = _console(stderr=True)
     observer = ConsoleObserver(console, as_json=as_json)
     try:
+        clear_output(job.output, job.plan.artifacts_subdir)
         report = anyio.run(_run_on_engine, job, engine, open_seconds, observer, console)
+    except OutputError as error:
+        raise _ExitError(EXIT_USAGE, str(error)) from None
     except NoEngineError as error:
         raise _ExitError(EXIT_ENGINE, str(error)) from None
     except WorkspaceError as error:
-        raise _ExitError(EXIT_NO_INPUT, str(error)) from None
+        raise _ExitError(
+            EXIT_NO_INPUT,
+            f"workspace: {error}. Name another --workspace, or leave it out with "
+            "task.container.workspace.exclude",
+        ) from None
     if report is None:
         raise _ExitError(EXIT_INTERRUPTED, "interrupted")
     observer.report(report)
@@ -300,7 +372,6 @@ async def _run_on_engine(
 
     from moonmind_ext.engine.session import open_session
 
-    report = None
     stop, opened = anyio.Event(), anyio.Event()
     async with (
         _stop_on_signals(stop, opened, console),
@@ -308,7 +379,7 @@ async def _run_on_engine(
     ):
         opened.set()
         # Imports Dagger, which the session has brought by now.
-        from moonmind_ext.run.task import OutputError, RunRequest, run_task
+        from moonmind_ext.run.task import RunRequest, run_task
 
         request = RunRequest(
             payload=job.payload,
@@ -319,11 +390,9 @@ async def _run_on_engine(
             secrets=job.secrets,
             helper_image=os.environ.get("MOONMIND_HELPER_IMAGE") or DEFAULT_HELPER_IMAGE,
         )
-        try:
-            report = await run_task(session, request, observer, stop=stop)
-        except OutputError as error:
-            raise _ExitError(EXIT_USAGE, str(error)) from None
-    return report
+        return await run_task(session, request, observer, stop=stop)
+    # A second signal has ended it.
+    return None
 
 
 @asynccontextmanager
@@ -397,13 +466,14 @@ def _secrets(plan: Plan, env_file: Path | None) -> dict[str, str]:
         given = read_env_file(env_file) if env_file else {}
         return resolve_secrets(plan.secret_env, environment=os.environ, given=given)
     except SecretError as error:
-        raise _ExitError(EXIT_USAGE, str(error)) from None
+        problems = "\n".join(f"  - {line}" for line in str(error).splitlines())
+        raise _ExitError(EXIT_USAGE, f"secrets are missing:\n{problems}") from None
 
 
 def _describe(plan: Plan) -> Iterator[tuple[str, list[str]]]:
     """Give a plan as titles and lines; of the environment only the names."""
     yield "image", [f"{plan.image} (pull: {plan.pull})"]
-    yield "command", [plan.command_summary]
+    yield "command", [shlex.join(plan.command)]
     yield "workdir", [plan.workdir]
     mounts = [f"{plan.repo_dir} <- the workspace", f"{plan.artifact_dir} -> the artifacts"]
     mounts += [f"{cache.target} <- cache volume {cache.name}" for cache in plan.cache_volumes]

@@ -1,6 +1,7 @@
 """What a person, or a program, sees of a run."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from io import TextIOWrapper
@@ -46,6 +47,8 @@ class ConsoleObserver:
             sys.stdout.reconfigure(errors="backslashreplace")
         self._running: list[Phase] = []
         self._status: Status | None = None
+        # Whether the command's last line has no end yet.
+        self._line_open = False
 
     def event(self, event: Event) -> None:
         """Take an event."""
@@ -70,7 +73,11 @@ class ConsoleObserver:
         """Note that a phase came to its end."""
         self._running.remove(phase)
         self._spin()
-        self._console.print(f"{_DOING[phase]}: {seconds:.2f} s", style="dim", highlight=False)
+        if self._line_open:
+            self._console.print()
+            self._line_open = False
+        style = "" if self._console.no_color else "dim"
+        self._console.print(f"{_DOING[phase]}: {seconds:.2f} s", style=style, highlight=False)
 
     def _spin(self) -> None:
         """Show what is going on, except where the command's own output would be torn."""
@@ -85,12 +92,17 @@ class ConsoleObserver:
     def _print(self, text: str) -> None:
         if self._stdout is None:
             return
+        self._line_open = not text.endswith("\n")
         try:
             self._stdout.write(text)
             self._stdout.flush()
-        except BrokenPipeError:
-            # `… | head` has seen enough; the run goes on.
+        except OSError:
+            # `… | head` has seen enough, or a disk is full; the run goes on. Nothing must
+            # be left for the interpreter to write when it ends.
             self._stdout = None
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
 
 
 def closing_table(report: RunReport, output: Path, artifacts_subdir: str) -> Iterator[str]:
@@ -113,7 +125,7 @@ def closing_table(report: RunReport, output: Path, artifacts_subdir: str) -> Ite
         rows.append(("error", escape(report.error)))
     cached = " (from the cache)" if report.cached else ""
     rows += [
-        ("time", f"{report.duration_seconds:.2f} s{cached}"),
+        ("ran for", f"{report.duration_seconds:.2f} s{cached}"),
         ("engine", f"{report.engine.kind} {report.engine.version}"),
         ("artifacts", escape(f"{len(report.artifacts.files)} ({size:,} bytes) in {folder}")),
         *([("log", escape(str(log)))] if log.exists() else []),
@@ -126,7 +138,7 @@ def closing_table(report: RunReport, output: Path, artifacts_subdir: str) -> Ite
         rows.append(("workspace", "{} added, {} changed, {} removed".format(*counts)))
         refused |= back.refused
     shown = list(refused.items())[:_SHOWN_REFUSED]
-    rows += [("refused", escape(f"{path} {reason}")) for path, reason in shown]
+    rows += [("refused", escape(f"{path}: {reason}")) for path, reason in shown]
     if len(refused) > _SHOWN_REFUSED:
         rows.append(("refused", f"and {len(refused) - _SHOWN_REFUSED} more: see the report"))
     rows += [("[yellow]warning[/]", escape(warning)) for warning in report.warnings]

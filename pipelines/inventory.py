@@ -10,6 +10,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import PurePosixPath
 
 import dagger
 
@@ -105,6 +106,8 @@ def judge(entries: Iterable[Entry], rules: ArtifactRules) -> Artifacts:
     found = Artifacts()
     total = 0
     for entry in entries:
+        if any(str(parent) in found.refused for parent in PurePosixPath(entry.path).parents):
+            continue
         regular = stat.S_ISREG(entry.mode)
         reason = refuse_type(entry.mode) or refuse_name(entry.path, entry.mode)
         if reason is None and stat.S_ISLNK(entry.mode):
@@ -126,11 +129,10 @@ def judge(entries: Iterable[Entry], rules: ArtifactRules) -> Artifacts:
 
 def without(directory: dagger.Directory, paths: Iterable[str]) -> dagger.Directory:
     """Take out entries by their names, which to Dagger are patterns."""
-    # What is not UTF-8 in a name arrived as U+FFFD.
-    patterns = [
-        re.sub(r"[*?\[\]\\]", r"\\\g<0>", path).replace("\N{REPLACEMENT CHARACTER}", "?")
-        for path in paths
-    ]
+    patterns = [re.sub(r"[!*?\[\]\\]", r"\\\g<0>", path) for path in paths]
+    # Blanks at the ends are dropped from a pattern, and what was not UTF-8 in a name
+    # has arrived as U+FFFD.
+    patterns = [re.sub(r"[\s\ufffd]", "?", pattern) for pattern in patterns]
     return directory.filter(exclude=patterns) if patterns else directory
 
 

@@ -15,11 +15,14 @@ out=$2 b=$3
 cd "$1" || exit 1
 newline='
 '
-# Unquoted: an empty $b is no word.
-$b find . ! -name . -print0 >"$out/names"
-$b find . ! -name . -exec $b stat -c '%f %s' {} + >"$out/stats"
-$b find . -type l -exec $b sh -c 'for l; do $0 readlink -n "$l"; printf "\0"; done' "$b" {} + >"$out/links"
+# An empty $b is no word, so it is not quoted; the scripts are for the inner shell.
+# shellcheck disable=SC2016,SC2086
 {
-    $b find . -type f ! -path "*$newline*" -exec $b sha256sum {} +
-    $b find . -type f -path "*$newline*" -exec $b sh -c 'for f; do $0 sha256sum <"$f"; done' "$b" {} +
-} >"$out/digests"
+    $b find . ! -name . -print0 >"$out/names"
+    $b find . ! -name . -exec $b stat -c '%f %s' {} + >"$out/stats"
+    $b find . -type l -exec $b sh -c 'for l; do $0 readlink -n "$l"; printf "\0"; done' "$b" {} + >"$out/links"
+    {
+        $b find . -type f ! -path "*$newline*" -exec $b sha256sum {} +
+        $b find . -type f -path "*$newline*" -exec $b sh -c 'for f; do $0 sha256sum <"$f"; done' "$b" {} +
+    } >"$out/digests"
+}

@@ -17,10 +17,24 @@ MIN_SECRET_LENGTH = 6
 """Characters. Masking anything shorter would spoil ordinary text and give away
 the secret by its absence; who has one is warned instead."""
 
+# Lines of a key have 64 or 76 characters, and of its last line fewer than 16 give
+# away next to nothing. In other files of secrets, lines as short as that are mostly
+# `}` or `[default]`, which masked would spoil ordinary text.
+_MIN_LINE_LENGTH = 16
+
+# `base64` breaks its lines, at 64 or at 76, and where a line ends no form can know.
+_LINE_BREAK = rb"\r?\n?"
+_LINE_BREAK_LENGTH = 2
+
 
 def too_short(secret: str) -> bool:
-    """Whether a secret is too short to be masked."""
-    return len(secret) < MIN_SECRET_LENGTH
+    """Whether a secret is too short to be masked; blanks around it do not count."""
+    return len(secret.strip()) < MIN_SECRET_LENGTH
+
+
+def _encoded(text: str) -> bytes:
+    # Surrogates stand for the bytes of a variable that is not UTF-8.
+    return text.encode("utf-8", "surrogateescape")
 
 
 def _base64_forms(value: bytes) -> Iterator[bytes]:
@@ -34,19 +48,34 @@ def _base64_forms(value: bytes) -> Iterator[bytes]:
         # Ceiling of before * 8 / 6: the first character that no neighbour touches.
         start = (0, 2, 3)[before]
         whole = (before + len(value)) * 8 // 6
-        form = encoded[start:whole]
-        yield form
-        yield form.translate(bytes.maketrans(b"+/", b"-_"))
+        if whole - start >= MIN_SECRET_LENGTH:
+            yield encoded[start:whole]
 
 
-def _forms(secret: str) -> set[bytes]:
-    """Every form in which a secret is looked for."""
-    value = secret.encode("utf-8", "surrogateescape")
-    escaped = {quote(secret, safe=""), quote(secret), quote_plus(secret)}
+def _wrappable(form: bytes) -> bytes:
+    """Give the pattern of a base64 form, of either alphabet and in lines of any length."""
+    either = {ord("+"): rb"[+-]", ord("/"): rb"[/_]"}
+    return _LINE_BREAK.join(either.get(byte, bytes([byte])) for byte in form)
+
+
+def _plain_forms(secret: str) -> set[bytes]:
+    """Give every form in which a secret is looked for, but base64."""
+    value = _encoded(secret)
+    escaped = {quote(value, safe=""), quote(value), quote_plus(value)}
     lowered = {re.sub(r"%[0-9A-F]{2}", lambda m: m[0].lower(), form) for form in escaped}
     texts = {json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]}
-    forms = {value, *(t.encode("utf-8", "surrogateescape") for t in escaped | lowered | texts)}
-    return forms | {f for f in _base64_forms(value) if len(f) >= MIN_SECRET_LENGTH}
+    # As they are only: with base64 of each, a key would slow the search down tenfold,
+    # and in base64 it is mostly printed whole.
+    lines = {line.strip() for line in secret.split("\n") if len(line.strip()) >= _MIN_LINE_LENGTH}
+    return {value, *map(_encoded, escaped | lowered | texts | lines)}
+
+
+def _order(form: bytes) -> tuple[int, int, bytes]:
+    """Sort longest first, so that a secret which begins with another is taken whole.
+
+    Line breaks do not count: base64 may or may not have them.
+    """
+    return -len(form.translate(None, b"\r\n")), -len(form), form
 
 
 class Masker:
@@ -55,18 +84,25 @@ class Masker:
     Parameters
     ----------
     secrets:
-        The values. Those shorter than `MIN_SECRET_LENGTH` are not masked.
+        The values. Those shorter than `MIN_SECRET_LENGTH` are not masked. Of one
+        with several lines each longer line is masked on its own too.
     """
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
-        forms: set[bytes] = set()
+        plain: set[bytes] = set()
+        wrappable: set[bytes] = set()
         for secret in secrets:
             if not too_short(secret):
-                forms |= _forms(secret)
-        # Longest first, so that a secret which begins with another is taken whole.
-        ordered = sorted(forms, key=lambda form: (-len(form), form))
-        self._pattern = re.compile(b"|".join(map(re.escape, ordered))) if ordered else None
-        self._longest = len(ordered[0]) if ordered else 0
+                # With the blanks around it, one that is printed without them would show.
+                core = secret.strip()
+                plain |= _plain_forms(core)
+                wrappable |= set(_base64_forms(_encoded(core)))
+        patterns = {form: re.escape(form) for form in plain}
+        patterns |= {form: _wrappable(form) for form in wrappable}
+        ordered = [patterns[form] for form in sorted(patterns, key=_order)]
+        self._pattern = re.compile(b"|".join(ordered)) if ordered else None
+        wrapped = (len(form) + _LINE_BREAK_LENGTH * (len(form) - 1) for form in wrappable)
+        self._longest = max([*map(len, plain), *wrapped], default=0)
 
     def mask(self, text: str) -> str:
         """Give `text` without the secrets."""
@@ -100,7 +136,8 @@ class MaskingStream:
     def feed(self, chunk: bytes) -> bytes:
         """Give what can be shown after `chunk`.
 
-        Fewer bytes are held back than the longest form of a secret has.
+        Fewer bytes are held back than the longest form of a secret has, which is
+        base64 with a line break behind every character.
         """
         if self._pattern is None:
             return chunk

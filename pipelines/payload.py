@@ -39,6 +39,9 @@ from pydantic_core import ErrorDetails
 DEFAULT_TIMEOUT_SECONDS = 3600
 """Time limit of a command whose payload names none; a worker's setting may say otherwise."""
 
+MAX_SECONDS = 31_536_000
+"""A year. The supervisor counts centiseconds in the shell's 64 bit."""
+
 DEFAULT_ARTIFACTS_SUBDIR = "container"
 """Where, below the job's artifacts, a command writes to when the payload names nothing."""
 
@@ -52,6 +55,12 @@ _SECRET_WORDS = {"TOKEN", "PASSWORD", "PASSWORDS", "SECRET", "SECRETS", "CREDENT
 _KEY_WORDS = {"KEY", "KEYS"}
 _PLAIN_KEYS = {"CACHE", "FOREIGN", "PARTITION", "PRIMARY", "PUBLIC", "SORT"}
 """What makes the KEY behind it an ordinary one."""
+
+_OUR_DIRECTORY = "/.moonmind"
+"""Inside the container: the supervisor and what it leaves."""
+
+_OUR_VOLUMES = "moonmind-control"
+"""Cache volumes of the engine that begin like this are the run's own."""
 
 _DEFAULT_RUNTIME: Final = "codex"
 
@@ -73,6 +82,8 @@ _IMAGE = (
     r"(?::[a-zA-Z0-9_][a-zA-Z0-9_.-]{0,127})?(?:@sha256:[a-f0-9]{64})?"
 )
 _MAX_IMAGE_NAME = 255
+# dash and busybox drop variables of any other name before a command sees them.
+_SHELL_NAME = r"[A-Za-z_][A-Za-z0-9_]*"
 # Docker's: 512m, 16g, 16gb, 16GiB, 1.5 g; but not 16Gi, which is Kubernetes'.
 _MEMORY = r"(?i)([0-9]{1,18}(?:\.[0-9]{1,18})?) ?(?:([kmgt])(?:i?b)?|b)?"
 # Vault references: MoonMind's characters, and 512 of them with the `vault://`.
@@ -279,6 +290,23 @@ def _env_name(name: str) -> str:
     return name
 
 
+def _is_shell_name(name: str) -> bool:
+    return re.fullmatch(_SHELL_NAME, name) is not None
+
+
+def _place(path: str) -> str:
+    """Normalise a path in the container; one that climbs is taken to climb to the root.
+
+    How far the root is only the runner knows, and `//x`, which normpath leaves alone,
+    is `/x` to Linux.
+    """
+    return re.sub(r"^(?:/+|(?:\.\./)+)", "/", posixpath.normpath(path))
+
+
+def _is_ours(path: str) -> bool:
+    return f"{_place(path)}/".startswith(f"{_OUR_DIRECTORY}/")
+
+
 def _subdir(value: str) -> str:
     parts = [part for part in value.strip().split("/") if part not in {"", "."}]
     if not parts or value.strip().startswith("/") or ".." in parts:
@@ -321,12 +349,37 @@ _Command = Annotated[
     _must_be('a list of strings, as in ["sh", "-c", "make"]', lambda v: isinstance(v, list)),
     _must("must have a token that is not blank", lambda v: not v or any(t.strip() for t in v)),
 ]
-_EnvName = Annotated[str, AfterValidator(_env_name)]
+_Workdir = Annotated[
+    _Text,
+    _must(
+        f'may not be "{_OUR_DIRECTORY}" or below it: the run keeps its own files there',
+        lambda path: path is None or not _is_ours(path),
+    ),
+]
+_AnyName = Annotated[str, AfterValidator(_env_name)]
+_EnvName = Annotated[
+    _AnyName,
+    _must(
+        "looks like a secret, whose name must be letters, digits and '_', the first no digit: "
+        "shells drop any other",
+        lambda name: _is_shell_name(name) or not looks_secret(name),
+    ),
+]
+_SecretName = Annotated[
+    _AnyName,
+    _must(
+        "must be a name of letters, digits and '_', the first no digit: shells drop any other",
+        _is_shell_name,
+    ),
+]
 _Secret = Annotated[str, AfterValidator(lambda text: str(parse_secret_reference(text)))]
 _VaultSecret = Annotated[
     _Secret, _must("must be vault://mount/path#field", partial(re.match, "vault:"))
 ]
 _Count = Annotated[int, _integer(0)]
+_not_over_a_year = _must(
+    f"must be {MAX_SECONDS} at most, a year", lambda seconds: seconds <= MAX_SECONDS
+)
 _Cpus = Annotated[
     float, _must_be("a number above 0", lambda n: type(n) in {int, float} and 0 < n < _MAX_CPUS)
 ]
@@ -337,9 +390,19 @@ _VolumeName = Annotated[
         "must be letters, digits, '_', '.' and '-', the first a letter or digit",
         partial(re.fullmatch, r"[A-Za-z0-9][A-Za-z0-9_.-]*"),
     ),
+    _must(
+        f'may not begin with "{_OUR_VOLUMES}": the engine keeps requests to stop a run there',
+        lambda name: not name.startswith(_OUR_VOLUMES),
+    ),
 ]
 _MountTarget = Annotated[
-    str, _must('must be an absolute path without ","', partial(re.fullmatch, r"(?s)/[^,]*"))
+    str,
+    _must('must be an absolute path without ","', partial(re.fullmatch, r"(?s)/[^,]*")),
+    _must('may not be "/": the volume would hide the image', lambda path: _place(path) != "/"),
+    _must(
+        f'may not be "{_OUR_DIRECTORY}" or below it: the run keeps its own files there',
+        lambda path: not _is_ours(path),
+    ),
 ]
 
 
@@ -429,16 +492,16 @@ class ContainerSpec(_Spec):
     enabled: Annotated[bool, BeforeValidator(_switch)] = False
     image: _Image | None = Field(None, validate_default=True)
     command: _Command = Field(default_factory=list, validate_default=True)
-    workdir: _Text = None
+    workdir: _Workdir = None
     env: dict[_EnvName, str] = Field(default_factory=dict)
     artifacts_subdir: Annotated[str, AfterValidator(_subdir)] = DEFAULT_ARTIFACTS_SUBDIR
-    timeout_seconds: Annotated[int, _integer(1)] | None = None
+    timeout_seconds: Annotated[int, _integer(1), _not_over_a_year] | None = None
     resources: Resources | None = None
     pull: Annotated[PullMode, BeforeValidator(_lowered)] = PullMode.IF_MISSING
     cache_volumes: list[CacheVolume] = Field(default_factory=list)
     # From here on ours, not MoonMind's.
-    secret_env: dict[_EnvName, _Secret] = Field(default_factory=dict)
-    grace_period_seconds: _Count = 10
+    secret_env: dict[_SecretName, _Secret] = Field(default_factory=dict)
+    grace_period_seconds: Annotated[_Count, _not_over_a_year] = 10
     write_back: Annotated[WriteBack, BeforeValidator(_lowered)] | None = None
     workspace: WorkspaceFilter = Field(default_factory=WorkspaceFilter)
     cache: Annotated[CacheMode, BeforeValidator(_lowered)] = CacheMode.NEVER
@@ -782,7 +845,7 @@ def _contradictions(payload: dict[str, Any]) -> Iterator[_Wrong]:
     for index, volume in enumerate(volumes if isinstance(volumes, list) else []):
         target = volume.get("target") if isinstance(volume, dict) else None
         if isinstance(target, str) and target:
-            if (path := posixpath.normpath(target)) in targets:
+            if (path := _place(target)) in targets:
                 yield (*place, "cacheVolumes", index, "target"), "is another volume's target too"
             targets.add(path)
 

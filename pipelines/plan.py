@@ -139,7 +139,7 @@ def plan_task(payload: TaskPayload, *, job_id: str, defaults: Defaults | None = 
     defaults = defaults or Defaults()
     spec = payload.task.container
     if spec is None or not spec.enabled or spec.image is None:
-        raise ValueError("task.container.enabled is not true: there is nothing to run")
+        raise ValueError("there is nothing to run: set task.container.enabled to true")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}", job_id):
         raise ValueError(
             f"job id {job_id!r}: must be letters, digits, '_', '.' or '-', "
@@ -174,6 +174,13 @@ def plan_task(payload: TaskPayload, *, job_id: str, defaults: Defaults | None = 
             "task.container.command[0] may not hold '=' beside names in task.container.env that "
             "shells do not know: they are set by `env`, which would take it for one more"
         )
+
+    for volume in spec.cache_volumes:
+        if posixpath.normpath(volume.target) in {repo_dir, artifact_dir}:
+            raise ValueError(
+                f"task.container.cacheVolumes: {volume.target} is where the run itself mounts "
+                "the workspace or the artifacts"
+            )
 
     return Plan(
         job_id=job_id,
@@ -271,7 +278,12 @@ def split_env(env: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
         What can be set on the container, and what `env NAME=VALUE` must set
         directly before the command.
     """
-    plain = {name: value for name, value in env.items() if _SHELL_NAME.fullmatch(name)}
+    # mm_ is the supervisor's own.
+    plain = {
+        name: value
+        for name, value in env.items()
+        if _SHELL_NAME.fullmatch(name) and not name.startswith("mm_")
+    }
     return plain, {name: value for name, value in env.items() if name not in plain}
 
 

@@ -346,8 +346,8 @@ def run_warnings(plan: Plan, *, hidden: Mapping[str, str], engine: EngineInfo) -
     for name, value in hidden.items():
         if too_short(value):
             yield (
-                f"{name} has fewer than {MIN_SECRET_LENGTH} characters: what we write is not "
-                "masked for it"
+                f"{name} has fewer than {MIN_SECRET_LENGTH} characters: a Dagger engine takes it "
+                "out of the output wherever it occurs, and nothing else is masked for it"
             )
     if plan.resources is not None:
         yield (

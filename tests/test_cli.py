@@ -177,4 +177,5 @@ def test_doctor_shows_a_line_for_everything_a_run_may_need(tmp_path: Path) -> No
     for what in ("Dagger SDK", "Dagger CLI", "Docker", "Dagger engine", "embedded engine"):
         assert what in result.stdout
     assert "_EXPERIMENTAL_DAGGER_RUNNER_HOST" in result.stdout
+    assert result.returncode == 75
     assert "Traceback" not in result.stderr

@@ -127,6 +127,8 @@ class Command:
                         pass_fds=[options, status_end, *self.pass_fds],
                         # Nothing of ours gets in; and nothing of the task's reaches bubblewrap.
                         env={},
+                        # Ctrl-C in a terminal is for us: we stop the task, with its grace.
+                        start_new_session=True,
                     )
                 )
             finally:

@@ -45,8 +45,7 @@ class LiveLogs:
         trace_id
             32 hexadecimal digits, as `traced` gives.
         sink
-            Takes a piece of text, an empty one at the end of each command's output;
-            called in the event loop, so it must be quick.
+            Takes a piece of text; called in the event loop, so it must be quick.
         """
         self._sinks[trace_id] = sink
         try:
@@ -85,7 +84,7 @@ class LiveLogs:
             for scope in resource.scope_logs:
                 for record in scope.log_records:
                     sink = self._sinks.get(record.trace_id.hex())
-                    if sink is not None and _is_output(record):
+                    if sink is not None and record.body.string_value and _is_output(record):
                         sink(record.body.string_value)
 
 

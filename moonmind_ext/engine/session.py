@@ -5,6 +5,7 @@ import subprocess
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from importlib import metadata
 from typing import TYPE_CHECKING, Literal
 from weakref import WeakValueDictionary
 
@@ -239,7 +240,9 @@ async def _open_embedded(stack: AsyncExitStack, seconds: float) -> EngineSession
         client, _ = await _connect(stack, address, seconds)
     except _NoAnswerError as error:
         raise NoEngineError(f"the embedded engine does not answer: {error}") from error
-    return EngineSession("embedded", engine.version, "the embedded engine", client, live)
+    # Its own version: what it answers is that of the API it speaks.
+    version = metadata.version("moonmind-ext")
+    return EngineSession("embedded", version, "the embedded engine", client, live)
 
 
 async def _connect(

@@ -1,11 +1,10 @@
 """Artifacts: looked at where they arrived, then moved to where they belong."""
 
 import hashlib
-import os
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 
+from moonmind_ext.workspace.tree import ensure_mode, remove_tree, walk
 from pipelines.artifacts import (
     SETUID_CLEARED,
     has_setuid,
@@ -16,33 +15,6 @@ from pipelines.artifacts import (
 )
 from pipelines.payload import ArtifactRules
 from pipelines.report import Artifact, Artifacts
-
-
-def walk(root: Path) -> Iterator[tuple[str, os.stat_result]]:
-    """List everything below a directory, without following a link.
-
-    Directories come before what is in them, names in byte order. Those that their
-    owner may not read are made readable: they are copies, and ours.
-
-    Yields
-    ------
-    tuple
-        The path relative to `root`, and what `lstat` says.
-    """
-    todo = [""]
-    while todo:
-        directory = todo.pop()
-        _ensure_mode(root / directory, stat.S_IRWXU)
-        names = sorted((entry.name for entry in (root / directory).iterdir()), key=os.fsencode)
-        inner: list[str] = []
-        for name in names:
-            path = f"{directory}/{name}" if directory else name
-            status = (root / path).lstat()
-            yield path, status
-            # It may have been removed by who looks at it.
-            if stat.S_ISDIR(status.st_mode) and (root / path).is_dir():
-                inner.append(path)
-        todo.extend(reversed(inner))
 
 
 def check_artifacts(root: Path, rules: ArtifactRules) -> Artifacts:
@@ -77,20 +49,17 @@ def check_artifacts(root: Path, rules: ArtifactRules) -> Artifacts:
                 reason = f"is beyond artifacts.maxFiles ({rules.max_files})"
         if reason is not None:
             found.refused[readable(path)] = reason
-            file.unlink()
+            if stat.S_ISDIR(mode):
+                remove_tree(file)
+            else:
+                file.unlink()
             continue
         if stat.S_ISREG(mode):
             if has_setuid(mode):
                 file.chmod(stat.S_IMODE(mode) & ~(stat.S_ISUID | stat.S_ISGID))
                 found.refused[readable(path)] = SETUID_CLEARED
-            _ensure_mode(file, stat.S_IRUSR)
+            ensure_mode(file, stat.S_IRUSR)
             with file.open("rb") as content:
                 digest = hashlib.file_digest(content, "sha256").hexdigest()
             found.files.append(Artifact(path=readable(path), bytes=status.st_size, sha256=digest))
     return found
-
-
-def _ensure_mode(path: Path, bits: int) -> None:
-    mode = stat.S_IMODE(path.lstat().st_mode)
-    if mode & bits != bits:
-        path.chmod(mode | bits)

@@ -36,11 +36,7 @@ class LiveOutput:
         self._complete = anyio.Event()
 
     def feed(self, text: str) -> None:
-        """Take a piece of output, as the engine sends it; an empty one is the end."""
-        if not text:
-            if self._expected is not None:
-                self._complete.set()
-            return
+        """Take a piece of output, as the engine sends it."""
         data = text.encode("utf-8", "replace")
         self._received += len(data)
         self._show(self._stream.feed(data))

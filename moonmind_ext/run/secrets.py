@@ -38,6 +38,8 @@ def resolve_secrets(
         if reference.scheme == "env":
             value = given.get(reference.location, environment.get(reference.location))
             missing = f"the variable {reference.location} is not set"
+            if value is not None and not _is_utf8(value):
+                value, missing = None, f"the variable {reference.location} is not UTF-8"
         elif reference.scheme == "file":
             value, missing = _read(Path(reference.location))
         else:
@@ -53,7 +55,10 @@ def resolve_secrets(
 
 
 def read_env_file(path: Path) -> dict[str, str]:
-    """Read `NAME=VALUE` lines as `docker run --env-file` does: verbatim, `#` comments.
+    """Read `NAME=VALUE` lines: values verbatim, `#` comments, as for `docker run --env-file`.
+
+    Docker's lines of a bare `NAME`, for a variable of the environment, are refused:
+    `env://` finds it there anyway, and the line may be half of a broken value.
 
     Raises
     ------
@@ -61,26 +66,40 @@ def read_env_file(path: Path) -> dict[str, str]:
         When it cannot be read or a line is no pair; the line's text is not repeated.
     """
     try:
-        lines = path.read_text("utf-8").splitlines()
+        text = path.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
         raise SecretError(f"env file {path}: {_why(error)}") from error
     values: dict[str, str] = {}
-    for number, line in enumerate(lines, start=1):
+    # Not splitlines, which also splits at what may be part of a value.
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip() or line.startswith("#"):
             continue
-        name, equals, value = line.partition("=")
+        name, equals, value = line.removesuffix("\r").partition("=")
         if not equals or not name.strip():
-            raise SecretError(f"env file {path}, line {number}: must be NAME=VALUE")
+            raise SecretError(
+                f"env file {path}, line {number}: must be NAME=VALUE; "
+                "what is in the environment need not be named here"
+            )
         values[name.strip()] = value
     return values
 
 
 def _read(path: Path) -> tuple[str | None, str]:
     try:
-        # Files of secrets mostly end with a newline that is not part of it.
-        return path.read_text("utf-8").removesuffix("\n"), ""
+        # Not read_text, which would change the line ends within. Files of secrets
+        # mostly end with one that is not part of it.
+        return path.read_bytes().decode().removesuffix("\n").removesuffix("\r"), ""
     except (OSError, UnicodeDecodeError) as error:
         return None, f"the file {path} cannot be read: {_why(error)}"
+
+
+def _is_utf8(value: str) -> bool:
+    """Whether a variable was UTF-8: if not, Python has put surrogates in it."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _why(error: Exception) -> str:

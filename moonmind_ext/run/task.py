@@ -1,7 +1,7 @@
 """One run: what the pipeline decided becomes events and files on disk."""
 
 import json
-import shutil
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,8 +20,9 @@ from moonmind_ext.engine.session import EngineSession
 from moonmind_ext.run.events import FINISHED, STARTED, Event, Level, Observer, Phase, Stopwatch
 from moonmind_ext.run.export import Exporter, Results
 from moonmind_ext.run.log import DEFAULT_LOG_LIMIT_BYTES, LiveOutput, last_line
+from moonmind_ext.run.output import OutputError, clear_output
 from moonmind_ext.run.stage_log import StageLog
-from moonmind_ext.workspace.send import Size, send_workspace
+from moonmind_ext.workspace.send import Size, WorkspaceError, send_workspace
 from moonmind_ext.workspace.source import read_source
 from pipelines.artifacts import RESERVED_DIRECTORIES
 from pipelines.concurrency import task_group, together
@@ -87,10 +88,6 @@ class RunRequest:
     secrets: Mapping[str, str] = field(default_factory=dict)
     log_limit_bytes: int = DEFAULT_LOG_LIMIT_BYTES
     helper_image: str = DEFAULT_HELPER_IMAGE
-
-
-class OutputError(Exception):
-    """The output directory cannot be used; the message says why."""
 
 
 async def run_task(
@@ -166,16 +163,19 @@ class _Run:
         self.watch = Stopwatch(observer)
         self.progress = _Progress()
         self.began = datetime.now(UTC)
+        # Whether the output was seen live; what was not is shown at the end.
+        self.shown = False
 
     async def run(self) -> RunReport:
         """Go through the run from its first event to its last file."""
-        output, target = self.request.output, self.request.output / self.plan.artifacts_subdir
+        output, subdir = self.request.output, self.plan.artifacts_subdir
+        await anyio.to_thread.run_sync(clear_output, output, subdir)
+        if self.plan.write_back and not os.access(self.request.workspace, os.W_OK):
+            raise WorkspaceError(f"{self.request.workspace}: cannot be written to, for writeBack")
         try:
-            await anyio.to_thread.run_sync(_clear_target, target)
-            output.mkdir(parents=True, exist_ok=True)
             stage_log = StageLog(output / "logs" / "execute.log", self.masker)
         except OSError as error:
-            raise OutputError(f"{error.filename}: {error.strerror}") from error
+            raise OutputError(f"output {error.filename}: {error.strerror}") from error
         with stage_log:
             self.say = stage_log.line
             self._emit(STARTED, self._started())
@@ -185,7 +185,7 @@ class _Run:
                 with self._failures():
                     await self._phases(staging)
                 report = self._report(staging / "runner.log")
-                self._publish(staging, target, report)
+                self._publish(staging, output / subdir, report)
             level = Level.INFO if report.outcome is Outcome.SUCCEEDED else Level.ERROR
             self._emit(FINISHED, _finished(report, self.plan), level)
             self.say(
@@ -227,7 +227,7 @@ class _Run:
         )
         with self._phase(Phase.EXPORT):
             await exporter.export(execution, self.progress.results, staging)
-        if self.session.live is None:
+        if not self.shown:
             live = LiveOutput(Masker(), self.observer.event)
             live.feed((staging / "runner.log").read_text("utf-8", "replace"))
             live.finish()
@@ -286,9 +286,9 @@ class _Run:
                 execution = await run_command(
                     client, self.plan, image, before, secrets, stopping=self.stop.is_set
                 )
-                if self.session.live is not None:
+                if self.session.live is not None and not execution.ending.cached:
                     missing = await live.settle(execution.log_bytes)
-                    self._warn_of_missing(missing)
+                    self._note_missing(missing, execution.log_bytes)
             tasks.cancel_scope.cancel()
         return execution
 
@@ -297,8 +297,9 @@ class _Run:
             return nullcontext()
         return self.session.live.follow(self.trace_id, live.feed)
 
-    def _warn_of_missing(self, missing: int) -> None:
-        if missing > 0:
+    def _note_missing(self, missing: int, total: int) -> None:
+        self.shown = missing < total or not total
+        if self.shown and missing > 0:
             self.progress.results.warnings.append(
                 f"{missing} bytes of output were not seen live, mostly since they are not UTF-8; "
                 "the log has them"
@@ -387,7 +388,6 @@ class _Run:
         text = json.dumps(payload, indent=2, ensure_ascii=False) + "\n"
         (artifacts / "metadata" / "payload.json").write_text(text, "utf-8", "replace")
         (artifacts / "metadata" / "run.json").write_text(report.to_json(), "utf-8")
-        target.parent.mkdir(parents=True, exist_ok=True)
         artifacts.rename(target)
 
 
@@ -415,17 +415,3 @@ def _finished(report: RunReport, plan: Plan) -> dict[str, Any]:
         "artifactsSubdir": plan.artifacts_subdir,
         "outcome": report.outcome.value,
     }
-
-
-def _clear_target(target: Path) -> None:
-    """Remove what an earlier run has left; nothing else is removed."""
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise OutputError(f"{target}: must be a directory")
-    if not target.is_dir():
-        return
-    if any(target.iterdir()) and not (target / "metadata" / "run.json").exists():
-        raise OutputError(
-            f"{target}: is not empty and was not left by an earlier run; choose another output "
-            "directory, or move it away"
-        )
-    shutil.rmtree(target)

@@ -1,7 +1,9 @@
 """`moonmind-ext run` as a process: what it prints, and how it ends."""
 
+import contextlib
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -17,6 +19,9 @@ from tests.conformance.support import Engine, sh
 
 CLI = (sys.executable, "-m", "moonmind_ext.cli")
 LIMIT_SECONDS = 120
+SAVING = (
+    "trap 'echo saved > $ARTIFACT_DIR/saved; exit 0' TERM; echo up; while :; do sleep 0.1; done"
+)
 
 Run = Callable[..., "subprocess.Popen[str]"]
 
@@ -106,6 +111,29 @@ def test_ctrl_c_stops_the_task_and_brings_back_what_it_has(start: Run, tmp_path:
     assert "stopping the task" in stderr
     assert (tmp_path / "out/container/saved").read_text() == "saved\n"
     assert "cancelled" in stderr
+
+
+def test_ctrl_c_in_a_terminal_is_ours_and_not_the_commands(engine: Engine, tmp_path: Path) -> None:
+    container = {"image": engine.image("base"), "command": list(sh(SAVING))}
+    (tmp_path / "payload.json").write_text(json.dumps(container))
+    (tmp_path / "ws").mkdir()
+    arguments = ["--workspace", str(tmp_path / "ws"), "--output", str(tmp_path / "out")]
+    arguments += ["--engine", engine.choice.value]
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(sys.executable, [*CLI, "run", str(tmp_path / "payload.json"), *arguments])
+    shown = b""
+    while b"up" not in shown:
+        shown += os.read(terminal, 4096)
+    os.write(terminal, b"\x03")
+    with contextlib.suppress(OSError):
+        while more := os.read(terminal, 4096):
+            shown += more
+    _, status = os.waitpid(child, 0)
+
+    assert os.waitstatus_to_exitcode(status) == 130, shown.decode(errors="replace")
+    assert b"cancelled" in shown
+    assert (tmp_path / "out/container/saved").read_text() == "saved\n"
 
 
 def test_a_second_ctrl_c_ends_it_at_once(start: Run) -> None:

@@ -1,8 +1,10 @@
 import os
 from pathlib import Path
 
+from moonmind_ext.workspace.send import send_workspace
+from pipelines.payload import WorkspaceFilter
 from pipelines.report import WrittenBack
-from tests.conformance.support import Result, Task, sh
+from tests.conformance.support import Engine, Result, Task, sh
 
 
 def written_back(result: Result) -> WrittenBack:
@@ -90,6 +92,8 @@ async def test_no_git_directory_comes_back_and_lost_commits_are_said(task: Task)
     assert (result.workspace / "vendor" / "file").read_text() == "fine\n"
     assert (result.workspace / "a").read_text() == "b\n"
     assert any("commits" in warning for warning in result.report.warnings)
+    refused = written_back(result).refused
+    assert refused == {"vendor/.git": "is a git directory, which never comes back"}
 
 
 async def test_what_must_not_come_back_is_refused_by_name_and_the_rest_comes(
@@ -128,3 +132,73 @@ async def test_changes_of_a_failed_command_come_back_too(task: Task) -> None:
     result = await task(*sh("echo half > half; exit 1"), writeBack="changes")
 
     assert (result.workspace / "half").read_text() == "half\n"
+
+
+async def test_what_was_not_sent_stays_when_its_directory_is_removed(task: Task) -> None:
+    result = await task(
+        *sh("rm -r data"),
+        files={"data/keep.bin": "weights", "data/a": "a", "data/[x] */b": "b"},
+        writeBack="changes",
+        fields={"workspace": {"exclude": ["data/keep.bin"]}},
+    )
+
+    back = written_back(result)
+    assert (result.workspace / "data" / "keep.bin").read_text() == "weights"
+    assert back.removed == ["data/[x] */", "data/a"]
+    assert set(back.refused) == {"data/keep.bin"}
+    assert os.listdir(result.workspace / "data") == ["keep.bin"]
+
+
+async def test_directories_that_nobody_may_write_to_come_back(task: Task) -> None:
+    script = "mkdir -p odd/zero; echo x > odd/zero/f; chmod 0 odd/zero; chmod 0555 odd"
+    result = await task(*sh(script), writeBack="changes")
+
+    assert written_back(result).refused == {}
+    assert (result.workspace / "odd" / "zero" / "f").read_text() == "x\n"
+    assert list(result.workspace.glob(".moonmind-*")) == []
+
+
+async def test_names_that_are_no_utf8_spoil_nothing(task: Task, tmp_path: Path) -> None:
+    workspace = tmp_path / "ws"
+    workspace.mkdir()
+    for name in (b"gone\xe9", b"edit\xe9"):
+        (workspace / os.fsdecode(name)).write_text("old\n")
+    script = r"""
+        name() { printf "$1\\351"; }
+        echo new > "$(name new)"; mkdir "$(name dir)"; echo inner > "$(name dir)/f"
+        echo edited > "$(name edit)"; rm "$(name gone)"; echo fine > fine
+    """
+    result = await task(*sh(script), workspace=workspace, files={}, writeBack="changes")
+
+    back = written_back(result)
+    assert (workspace / "fine").read_text() == "fine\n"
+    assert (workspace / os.fsdecode(b"new\xe9")).read_text() == "new\n"
+    assert (workspace / os.fsdecode(b"dir\xe9") / "f").read_text() == "inner\n"
+    assert (workspace / os.fsdecode(b"edit\xe9")).read_text() == "edited\n"
+    # A real engine does not say which file it was.
+    assert back.removed == ["gone\ufffd"] or set(back.refused) == {"gone\ufffd"}
+
+
+async def test_what_is_ours_is_not_sent(engine: Engine, tmp_path: Path) -> None:
+    workspace = tmp_path / "ws"
+    ours = ["out[1] *", "!out", " out ", "back\\slash", "deep/er/{a,b}^?", "\u00e9", "line\nbreak"]
+    others = ["out1 z", "!", "backslash", "deep/er/a", "deep/er/a^z"]
+    for name in (*ours, *others):
+        (workspace / name).mkdir(parents=True)
+        (workspace / name / "file").write_text("x")
+    async with engine.session() as session:
+        sent, size = await send_workspace(
+            session.client,
+            workspace,
+            WorkspaceFilter(),
+            leave_out=[*(workspace / name for name in ours), tmp_path / "elsewhere", workspace],
+        )
+        files = {path for path in await sent.glob("**") if path.endswith("file")}
+        chosen, _ = await send_workspace(
+            session.client, workspace, WorkspaceFilter(exclude=["!*"]), leave_out=[workspace / "!"]
+        )
+
+        assert files == {f"{name}/file" for name in others}
+        assert size is not None
+        assert size.files == len(others)
+        assert not await chosen.exists("!")

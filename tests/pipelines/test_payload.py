@@ -1,5 +1,6 @@
 import json
 import pickle
+import re
 import subprocess
 import sys
 from contextlib import suppress
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.payload import (
+    MAX_SECONDS,
     RESERVED_ENV,
     CacheMode,
     ContainerSpec,
@@ -42,6 +44,7 @@ env_names = texts.filter(
         and name.strip() == name != ""
         and "=" not in name
         and name.upper() not in RESERVED_ENV
+        and (re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name) or not looks_secret(name))
     )
 )
 secret_names = st.builds("{}_{}".format, st.sampled_from(["", "MY", "a"]), st.just("API_KEY"))
@@ -456,6 +459,25 @@ def test_what_is_no_secret_reference_is_refused_and_not_repeated(text: str) -> N
     assert "hunter2" not in message
 
 
+@pytest.mark.parametrize("name", ["my.setting", "a-b", "1A", "a b", "Ä", "A\u0663"])
+def test_a_name_in_secret_env_is_one_that_shells_pass_on(name: str) -> None:
+    assert problem_of(secretEnv={name: "env://A"}).endswith(
+        " must be a name of letters, digits and '_', the first no digit: shells drop any other"
+    )
+    assert spec_of(env={name: "x"})
+    assert spec_of(secretEnv={"_a_B1": "env://A"})
+
+
+@pytest.mark.parametrize("name", ["api.key", "github-token", "2_SECRET"])
+def test_a_name_in_env_that_looks_secret_is_one_that_shells_pass_on(name: str) -> None:
+    message = problem_of(env={name: "hunter2"})
+    assert message.endswith(
+        " looks like a secret, whose name must be letters, digits and '_', the first no digit: "
+        "shells drop any other"
+    )
+    assert "hunter2" not in message
+
+
 def test_a_name_is_in_env_or_in_secret_env() -> None:
     assert problem_of(env={"A": "x", "B": "y"}, secretEnv={"A": "env://A"}) == (
         ".secretEnv.A is in task.container.env too: remove one of them"
@@ -499,6 +521,13 @@ def test_seconds_are_whole_numbers(field: str, least: int, given: object) -> Non
 def test_a_time_limit_of_zero_is_refused_and_a_grace_period_of_zero_is_not() -> None:
     assert problem_of(timeoutSeconds=0) == ".timeoutSeconds must be an integer of at least 1"
     assert spec_of(gracePeriodSeconds=0).grace_period_seconds == 0
+
+
+@pytest.mark.parametrize("field", ["timeoutSeconds", "gracePeriodSeconds"])
+@pytest.mark.parametrize("given", [MAX_SECONDS + 1, 2**63, 2**64 + 1, 10**400])
+def test_nothing_may_take_longer_than_a_year(field: str, given: int) -> None:
+    assert problem_of(**{field: given}) == f".{field} must be 31536000 at most, a year"
+    assert spec_of(**{field: MAX_SECONDS})
 
 
 @pytest.mark.parametrize(
@@ -624,11 +653,65 @@ def test_cache_volumes_have_a_name_an_absolute_target_and_nothing_else() -> None
     }
 
 
-def test_two_cache_volumes_do_not_share_a_target() -> None:
-    volumes = [{"name": "a", "target": "/x"}, {"name": "b", "target": "/y/../x/"}]
+@pytest.mark.parametrize("target", ["/x", "/y/../x/", "//x", "/../x", "/./x"])
+def test_two_cache_volumes_do_not_share_a_target(target: str) -> None:
+    volumes = [{"name": "a", "target": "/x"}, {"name": "b", "target": target}]
     assert problem_of(cacheVolumes=volumes) == (
         ".cacheVolumes[1].target is another volume's target too"
     )
+
+
+OURS = '"/.moonmind" or below it: the run keeps its own files there'
+
+
+@pytest.mark.parametrize(
+    ("target", "fault"),
+    [
+        *[(path, '"/": the volume would hide the image') for path in ("/", "//", "/./", "/a/..")],
+        *[
+            (path, OURS)
+            for path in ("/.moonmind", "/.moonmind/out", "//.moonmind/", "/a/../.moonmind")
+        ],
+    ],
+)
+def test_a_cache_volume_hides_neither_the_image_nor_the_runs_own_files(
+    target: str, fault: str
+) -> None:
+    volumes = [{"name": "a", "target": target}]
+    assert problem_of(cacheVolumes=volumes) == f".cacheVolumes[0].target may not be {fault}"
+
+
+@pytest.mark.parametrize("target", ["/.moonminder", "/home/.moonmind", "/.moon"])
+def test_a_cache_volume_may_be_beside_the_runs_own_files(target: str) -> None:
+    assert spec_of(cacheVolumes=[{"name": "a", "target": target}]).cache_volumes
+
+
+@pytest.mark.parametrize("name", ["moonmind-control", "moonmind-control-abc"])
+def test_a_cache_volume_is_not_the_one_that_runs_are_stopped_through(name: str) -> None:
+    assert problem_of(cacheVolumes=[{"name": name, "target": "/a"}]) == (
+        '.cacheVolumes[0].name may not begin with "moonmind-control": '
+        "the engine keeps requests to stop a run there"
+    )
+
+
+@pytest.mark.parametrize(
+    "workdir",
+    [
+        "/.moonmind",
+        "/.moonmind/out",
+        "//.moonmind",
+        "/a/../.moonmind",
+        " /.moonmind/ ",
+        "../../../.moonmind/out",
+    ],
+)
+def test_a_command_does_not_start_among_the_runs_own_files(workdir: str) -> None:
+    assert problem_of(workdir=workdir) == f".workdir may not be {OURS}"
+
+
+@pytest.mark.parametrize("workdir", [".moonmind", "a/../.moonmind", "/.moonminder", "..", "/"])
+def test_a_command_may_start_anywhere_else(workdir: str) -> None:
+    assert spec_of(workdir=workdir).workdir == workdir
 
 
 # Errors
@@ -824,10 +907,10 @@ valid_containers = st.fixed_dictionaries(
     {"command": st.lists(texts, min_size=1).map(lambda tokens: ["x", *tokens])},
     optional={
         "enabled": st.sampled_from([True, False, "yes", "off", None]),
-        "workdir": texts | st.none(),
+        "workdir": texts.filter(lambda path: "moonmind" not in path) | st.none(),
         "env": st.dictionaries(env_names | secret_names, texts) | st.none(),
         "artifactsSubdir": st.sampled_from(["out", "a/./b/", None]),
-        "timeoutSeconds": st.integers(1) | st.none(),
+        "timeoutSeconds": st.integers(1, MAX_SECONDS) | st.none(),
         "resources": st.fixed_dictionaries(
             {}, optional={"cpus": st.integers(1, 99), "memory": st.just("2g"), "x": st.none()}
         ),

@@ -60,7 +60,7 @@ def test_a_job_id_that_is_no_name_is_refused(job_id: str) -> None:
 
 def test_a_payload_without_an_enabled_container_has_no_plan() -> None:
     disabled = parse_any({"repository": "a/b", "task": {"instructions": "x"}})
-    with pytest.raises(ValueError, match=r"task\.container\.enabled"):
+    with pytest.raises(ValueError, match=r"set task\.container\.enabled"):
         plan_task(disabled, job_id="j")
 
 
@@ -84,9 +84,9 @@ def test_for_reuse_two_repositories_of_one_name_are_kept_apart() -> None:
 
 
 def test_env_values_that_look_secret_are_kept_apart() -> None:
-    plan = plan_task(payload(env={"API_TOKEN": "abc", "CACHE_KEY": "k", "A": "1"}), job_id="j")
+    plan = plan_task(payload(env={"API_TOKEN": "abcdef", "CACHE_KEY": "k", "A": "1"}), job_id="j")
 
-    assert plan.secret_values == {"API_TOKEN": "abc"}
+    assert plan.secret_values == {"API_TOKEN": "abcdef"}
     assert plan.env["CACHE_KEY"] == "k"
     assert "API_TOKEN" not in plan.env
 

@@ -4,8 +4,10 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moonmind_ext.run.collect import check_artifacts, walk
+from moonmind_ext.run.collect import check_artifacts
+from moonmind_ext.workspace.tree import walk
 from pipelines.payload import ArtifactRules
+from tests.workspace.support import as_ordinary_user
 
 
 def test_a_directory_its_owner_may_not_read_is_made_readable(tmp_path: Path) -> None:
@@ -37,6 +39,41 @@ def test_a_socket_is_refused(tmp_path: Path) -> None:
 
     assert set(found.refused) == {"socket"}
     assert not (tmp_path / "socket").exists()
+
+
+def test_a_directory_by_a_reserved_name_is_removed_and_named_once(tmp_path: Path) -> None:
+    (tmp_path / "logs" / "runner.log" / "inner").mkdir(parents=True)
+    (tmp_path / "logs" / "runner.log" / "inner" / "file").write_text("x")
+    (tmp_path / "logs" / "mine").write_text("x")
+
+    found = check_artifacts(tmp_path, ArtifactRules())
+
+    assert set(found.refused) == {"logs/runner.log"}
+    assert [file.path for file in found.files] == ["logs/mine"]
+    assert not (tmp_path / "logs" / "runner.log").exists()
+
+
+def test_an_ordinary_user_is_not_held_up_by_modes(tmp_path: Path) -> None:
+    printed = as_ordinary_user(
+        tmp_path,
+        """
+        from moonmind_ext.run.collect import *
+        Path("a/logs/runner.log/inner").mkdir(parents=True)
+        Path("a/logs/runner.log/inner/file").write_text("x")
+        Path("a/closed").mkdir()
+        Path("a/closed/file").write_text("x")
+        Path("a/closed/link").symlink_to("/etc")
+        for path in ("logs/runner.log/inner/file", "logs/runner.log/inner", "logs/runner.log"):
+            Path("a", path).chmod(0)
+        Path("a/closed/file").chmod(0)
+        for path in ("logs", "closed", "."):
+            Path("a", path).chmod(0o555)
+        found = check_artifacts(Path("a"), ArtifactRules())
+        print(sorted(found.refused), [file.path for file in found.files])
+        """,
+    )
+
+    assert printed.strip() == "['closed/link', 'logs/runner.log'] ['closed/file']"
 
 
 @given(st.sets(st.text("ab/", min_size=1, max_size=6), max_size=8))

@@ -53,3 +53,39 @@ def test_a_broken_line_is_named_and_not_repeated(tmp_path: Path) -> None:
     with pytest.raises(SecretError, match="line 2") as caught:
         read_env_file(file)
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\x0b", "\x0c", "\x85", "\x1c", "\r", "\r x"])
+def test_a_value_is_cut_at_the_end_of_its_line_and_nowhere_else(
+    tmp_path: Path, character: str
+) -> None:
+    file = tmp_path / "env"
+    file.write_bytes(f"A=one{character}two\nB=three\r\nC=four\r\r\n".encode())
+
+    assert read_env_file(file) == {"A": f"one{character}two", "B": "three", "C": "four\r"}
+
+
+def test_a_bare_name_is_refused_and_told_that_it_is_not_needed(tmp_path: Path) -> None:
+    file = tmp_path / "env"
+    file.write_text("HOST_A\n")
+
+    with pytest.raises(SecretError, match="line 1: must be NAME=VALUE; what is in the environment"):
+        read_env_file(file)
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"])
+def test_a_secret_in_a_file_keeps_the_line_ends_within(tmp_path: Path, end: str) -> None:
+    file = tmp_path / "key"
+    file.write_bytes(f"one\r\ntwo\n\nthree{end}".encode())
+
+    values = resolve_secrets({"A": f"file://{file}"}, environment={}, given={})
+    assert values == {"A": "one\r\ntwo\n\nthree"}
+
+
+def test_a_variable_that_is_not_utf_8_is_named_with_its_field() -> None:
+    environment = {"HOST_A": b"hunter2\xff".decode("utf-8", "surrogateescape")}
+    with pytest.raises(SecretError) as caught:
+        resolve_secrets({"A": "env://HOST_A"}, environment=environment, given={})
+
+    message = "task.container.secretEnv.A: the variable HOST_A is not UTF-8"
+    assert str(caught.value) == message

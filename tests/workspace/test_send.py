@@ -1,12 +1,12 @@
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from moonmind_ext.embedded import sandbox_problem
 from moonmind_ext.workspace.send import Size, WorkspaceError, measure
-from moonmind_ext.workspace.source import read_source
+from tests.workspace.support import as_ordinary_user
 
 
 def test_a_workspace_is_measured_without_following_links(tmp_path: Path) -> None:
@@ -31,63 +31,59 @@ def test_what_is_no_directory_is_named(tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    (tmp_path / "private").write_text("x")
-    (tmp_path / "private").chmod(0)
-    tmp_path.chmod(0o755)
-    script = (
-        "import os, sys; from moonmind_ext.workspace.send import *\n"
-        # Root may read everything.
-        "os.getuid() or os.setuid(65534)\n"
-        "try: measure(Path(sys.argv[1]))\n"
-        "except WorkspaceError as error: print(error)"
-    )
-    for folder in (*tmp_path.parents[:2], tmp_path):
-        folder.chmod(0o755)
-    result = subprocess.run(
-        [sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=False
+    printed = as_ordinary_user(
+        tmp_path,
+        """
+        from moonmind_ext.workspace.send import *
+        Path("private").write_text("x")
+        Path("private").chmod(0)
+        try: measure(Path.cwd())
+        except WorkspaceError as error: print(error)
+        """,
     )
 
-    assert "private: cannot be read" in result.stdout, result.stderr
+    assert "private: cannot be read" in printed
 
 
-def git(folder: Path, *arguments: str) -> None:
-    identity = ("-c", "user.name=t", "-c", "user.email=t@example.invalid")
-    subprocess.run(["git", *identity, "-C", folder, *arguments], check=True, capture_output=True)
+def test_what_a_filter_leaves_out_may_be_unreadable_and_nothing_else(tmp_path: Path) -> None:
+    if problem := sandbox_problem():
+        pytest.skip(f"the embedded engine cannot run here: {problem}")
+    printed = as_ordinary_user(
+        tmp_path,
+        """
+        import anyio
+        from moonmind_ext.engine.choice import EngineChoice
+        from moonmind_ext.engine.session import open_session
+        from moonmind_ext.workspace.send import *
+        root = Path.cwd() / "workspace"
+        root.mkdir()
+        (root / "private").write_text("x")
+        (root / "private").chmod(0)
+        (root / "open").write_text("x")
+
+        async def main():
+            async with open_session(EngineChoice.EMBEDDED, environment=os.environ) as session:
+                for pattern in ("private", "other"):
+                    chosen = WorkspaceFilter(exclude=[pattern])
+                    try:
+                        sent, _ = await send_workspace(session.client, root, chosen)
+                        print(await sent.entries())
+                    except WorkspaceError as error:
+                        print(error)
+
+        anyio.run(main)
+        """,
+    )
+
+    first, second = printed.splitlines()
+    assert first == "['open']"
+    assert "cannot be read" in second
+    assert "private" in second
 
 
-async def test_a_source_says_commit_branch_and_state(tmp_path: Path) -> None:
-    git(tmp_path, "init", "-b", "main")
-    (tmp_path / "a").write_text("a")
-    git(tmp_path, "add", "a")
-    git(tmp_path, "commit", "-m", "first")
+def test_what_is_left_out_is_not_measured(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "big").write_text("12345")
+    (tmp_path / "a").write_text("1")
 
-    clean = await read_source(tmp_path, "acme/widgets")
-    (tmp_path / "a").write_text("b")
-    dirty = await read_source(tmp_path, "acme/widgets")
-
-    assert clean.branch == "main"
-    assert clean.commit is not None
-    assert len(clean.commit) == 40
-    assert clean.dirty is False
-    assert dirty.dirty is True
-
-
-async def test_a_directory_that_is_no_repository_has_no_commit(tmp_path: Path) -> None:
-    source = await read_source(tmp_path, "acme/widgets")
-
-    assert (source.commit, source.branch, source.dirty) == (None, None, None)
-
-
-async def test_a_workspaces_own_configuration_runs_nothing(tmp_path: Path) -> None:
-    git(tmp_path, "init", "-b", "main")
-    (tmp_path / "a").write_text("a")
-    git(tmp_path, "add", "a")
-    git(tmp_path, "commit", "-m", "first")
-    trap = tmp_path / "trap.sh"
-    trap.write_text(f"#!/bin/sh\ntouch {tmp_path}/trapped\n")
-    trap.chmod(0o755)
-    git(tmp_path, "config", "core.fsmonitor", str(trap))
-
-    await read_source(tmp_path, "acme/widgets")
-
-    assert not (tmp_path / "trapped").exists()
+    assert measure(tmp_path, ["out"]) == Size(1, 1)
