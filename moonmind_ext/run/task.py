@@ -163,6 +163,7 @@ class _Run:
         self.watch = Stopwatch(observer)
         self.progress = _Progress()
         self.began = datetime.now(UTC)
+        self.unreadable: WorkspaceError | None = None
         # Whether the output was seen live; what was not is shown at the end.
         self.shown = False
 
@@ -191,6 +192,8 @@ class _Run:
             self.say(
                 f"{report.outcome}: exit code {report.exit_code}, {report.error or 'no error'}"
             )
+        if self.unreadable is not None:
+            raise self.unreadable
         return report
 
     @contextmanager
@@ -200,6 +203,10 @@ class _Run:
             yield
         except RunFailedError as error:
             self.progress.failure = error
+        except WorkspaceError as error:
+            self.progress.failure = EngineFailedError(str(error))
+            self.progress.failure.retryable = False
+            self.unreadable = error
         except OSError as error:
             # A full disk, mostly. The task has no part in it.
             self.progress.failure = EngineFailedError(
@@ -252,7 +259,12 @@ class _Run:
     async def _send(self) -> dagger.Directory:
         with self._phase(Phase.WORKSPACE), engine_failures("sending the workspace"):
             directory, self.progress.size = await send_workspace(
-                self.session.client, self.request.workspace, self.plan.workspace
+                self.session.client,
+                self.request.workspace,
+                self.plan.workspace,
+                # An output directory in the workspace is not part of it: it changes
+                # while it is sent.
+                leave_out=[self.request.output],
             )
             return directory
 

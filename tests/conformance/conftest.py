@@ -46,7 +46,9 @@ def real_engine_problem() -> str | None:
 
 @pytest.fixture(params=["embedded", "dagger"])
 def engine(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Engine:
     if request.param == "embedded":
         from moonmind_ext.embedded import sandbox_problem
@@ -54,7 +56,7 @@ def engine(
         if problem := sandbox_problem():
             pytest.skip(f"the embedded engine cannot run here: {problem}")
         # Its cache volumes are kept there.
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         return Engine(EngineChoice.EMBEDDED, EMBEDDED_IMAGES)
     if problem := real_engine_problem():
         pytest.skip(problem)
@@ -85,6 +87,7 @@ def task(engine: Engine, tmp_path: Path) -> Task:
         stop: anyio.Event | None = None,
         watcher: Watcher | None = None,
         workspace: Path | None = None,
+        make: bool = True,
         log_limit_bytes: int = 16 << 20,
         repository: str = "acme/widgets",
         fields: dict[str, Any] | None = None,
@@ -92,7 +95,8 @@ def task(engine: Engine, tmp_path: Path) -> Task:
     ) -> Result:
         name = job_id or f"t-{uuid4().hex[:8]}"
         folder = workspace or tmp_path / f"workspace-{name}"
-        folder.mkdir(exist_ok=True)
+        if make:
+            folder.mkdir(exist_ok=True)
         for path, content in ({"README.md": "# widgets\n"} if files is None else files).items():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_text(content)

@@ -1,10 +1,12 @@
 import json
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 
+from moonmind_ext.workspace.send import WorkspaceError
 from pipelines.report import Outcome
-from tests.conformance.support import Task, sh
+from tests.conformance.support import Engine, Task, Watcher, sh
 
 
 async def test_a_command_that_succeeds_brings_its_artifacts_back(task: Task) -> None:
@@ -160,3 +162,36 @@ async def test_a_user_who_is_not_root_can_write_to_workspace_and_artifacts(task:
     back = result.report.workspace.written_back
     assert back is not None
     assert (back.added, back.modified, back.removed) == (["written"], ["README.md"], [])
+
+
+async def test_an_output_directory_in_the_workspace_is_not_part_of_it(
+    engine: Engine, task: Task, tmp_path: Path
+) -> None:
+    # Where the command line's defaults put it.
+    async with engine.session() as session:
+        for _ in range(2):
+            result = await task(
+                *sh("find . -type f | sort"),
+                workspace=tmp_path,
+                files={"README.md": "x"},
+                job_id="job-1",
+                cache="reuse",
+                session=session,
+            )
+
+    assert result.log == b"./README.md\n"
+    assert result.report.cached
+
+
+async def test_a_workspace_that_cannot_be_read_leaves_a_report_too(
+    task: Task, tmp_path: Path
+) -> None:
+    watcher = Watcher()
+    missing = tmp_path / "not-there"
+    with pytest.raises(WorkspaceError, match="not-there"):
+        await task("true", workspace=missing, files={}, job_id="job-1", watcher=watcher, make=False)
+
+    report = json.loads((tmp_path / "output-job-1/container/metadata/run.json").read_text())
+    assert report["outcome"] == "engine-failed"
+    assert not report["retryable"]
+    assert watcher.events[-1].message == "moonmind.task.container.finished"
