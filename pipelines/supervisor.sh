@@ -155,6 +155,9 @@ kill -KILL -1 2>/dev/null
 rm -rf "$mm_out/specials" "$mm_out/setuid" "$mm_out/result"
 [ -f "$mm_out/log" ] || rm -rf "$mm_out/log"
 
+# An ordinary user's export ends at a directory that it may not write to. By \;, so that
+# find goes into what it could not enter before.
+find "$mm_artifacts" -xdev -type d ! -perm -700 -exec chmod u+rwx {} \; 2>/dev/null
 clear_hostile "$mm_artifacts" 2>/dev/null
 [ -z "$mm_workspace" ] || clear_hostile "$mm_workspace" 2>/dev/null
 

@@ -264,7 +264,11 @@ class _Run:
                 self.plan.workspace,
                 # An output directory in the workspace is not part of it: it changes
                 # while it is sent.
-                leave_out=[self.request.output],
+                leave_out=[
+                    self.request.output,
+                    # Left by a run that was killed while it wrote back.
+                    *self.request.workspace.glob(".moonmind-*"),
+                ],
             )
             return directory
 
@@ -377,7 +381,8 @@ class _Run:
             workspace=WorkspaceInfo(
                 files=size.files if size else None,
                 bytes=size.bytes if size else None,
-                uploaded_bytes=size.bytes if size else None,
+                # What the engine had already, it does not say.
+                uploaded_bytes=None,
                 written_back=results.written_back,
             ),
             source=progress.source or Source(repository=plan.repository),

@@ -96,3 +96,13 @@ async def test_a_second_run_replaces_what_the_first_has_left(task: Task) -> None
     assert not (result.artifacts / "one").exists()
     assert result.artifact("two") == "two\n"
     assert [path.name for path in result.output.iterdir() if path.name.startswith(".")] == []
+
+
+async def test_a_directory_that_may_not_be_written_to_comes_back_with_its_content(
+    task: Task,
+) -> None:
+    script = 'cd "$ARTIFACT_DIR"; mkdir -p closed/in; echo x > closed/in/file; chmod -R a-w closed'
+    result = await task(*sh(f"{script}; chmod 000 closed/in"))
+
+    assert [file.path for file in result.report.artifacts.files] == ["closed/in/file"]
+    assert (result.artifacts / "closed" / "in" / "file").read_text() == "x\n"

@@ -56,8 +56,8 @@ def test_a_directory_by_a_reserved_name_is_removed_and_named_once(tmp_path: Path
 def test_an_ordinary_user_is_not_held_up_by_modes(tmp_path: Path) -> None:
     printed = as_ordinary_user(
         tmp_path,
+        "moonmind_ext.run.collect",
         """
-        from moonmind_ext.run.collect import *
         Path("a/logs/runner.log/inner").mkdir(parents=True)
         Path("a/logs/runner.log/inner/file").write_text("x")
         Path("a/closed").mkdir()
