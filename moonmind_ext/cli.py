@@ -49,9 +49,7 @@ if TYPE_CHECKING:
 
 EXIT_USAGE = 2
 EXIT_NO_INPUT = 66
-EXIT_UNAVAILABLE = 69
 EXIT_ENGINE = 75
-EXIT_TIMED_OUT = 124
 EXIT_INTERRUPTED = 130
 """Those of sysexits.h, timeout(1) and shells."""
 
@@ -298,7 +296,7 @@ def reproduce(
     from moonmind_ext.reproduce import NoRunError, reproduce_command
 
     try:
-        words = reproduce_command(run_dir, module=module, shell=shell)
+        words = reproduce_command(run_dir, module=module, open_shell=shell)
     except NoRunError as error:
         raise _ExitError(EXIT_USAGE, str(error)) from None
     if not (run_it or shell):
@@ -336,6 +334,7 @@ def _run_job(job: _Job, engine: EngineChoice, open_seconds: float, *, as_json: b
     from moonmind_ext.console import ConsoleObserver, closing_table
     from moonmind_ext.engine.session import NoEngineError
     from moonmind_ext.workspace.send import WorkspaceError
+    from pipelines.report import exit_status
 
     console = _console(stderr=True)
     observer = ConsoleObserver(console, as_json=as_json)
@@ -357,7 +356,7 @@ def _run_job(job: _Job, engine: EngineChoice, open_seconds: float, *, as_json: b
     observer.report(report)
     for line in closing_table(report, job.output, job.plan.artifacts_subdir):
         console.print(line, highlight=False)
-    return _exit_code(report)
+    return exit_status(report)
 
 
 async def _run_on_engine(
@@ -418,22 +417,6 @@ async def _stop_on_signals(
         tasks.start_soon(watch, tasks.cancel_scope)
         yield
         tasks.cancel_scope.cancel()
-
-
-def _exit_code(report: "RunReport") -> int:
-    from pipelines.report import Outcome
-
-    match report.outcome:
-        case Outcome.TIMED_OUT:
-            return EXIT_TIMED_OUT
-        case Outcome.CANCELLED:
-            return EXIT_INTERRUPTED
-        case Outcome.IMAGE_UNAVAILABLE:
-            return EXIT_UNAVAILABLE
-        case Outcome.ENGINE_FAILED:
-            return EXIT_ENGINE
-        case _:
-            return report.exit_code or 0
 
 
 def _read_payload(argument: str) -> TaskPayload:

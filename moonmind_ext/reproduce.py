@@ -12,7 +12,7 @@ class NoRunError(Exception):
 
 
 def reproduce_command(
-    run_dir: Path, *, module: str | None = None, shell: bool = False
+    run_dir: Path, *, module: str | None = None, open_shell: bool = False
 ) -> list[str]:
     """Give the command that runs a run again, for the workspace as current directory.
 
@@ -24,7 +24,7 @@ def reproduce_command(
     module
         Address of the Dagger module; default: the checkout that this package is
         part of.
-    shell
+    open_shell
         Open a shell in the container after the command, instead of ending as it did.
 
     Raises
@@ -40,7 +40,7 @@ def reproduce_command(
     if words[:2] != ["dagger", "-m"] or words[-1] != "check":
         raise NoRunError(f"{report}: its reproduce line is not a call of this module")
     words[2] = module or _own_checkout()
-    words[-1] = "terminal" if shell else "check"
+    words[-1] = "terminal" if open_shell else "check"
     payload = report.parent / "payload.json"
     return [f"--payload={payload}" if word.startswith("--payload=") else word for word in words]
 

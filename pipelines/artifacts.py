@@ -55,6 +55,45 @@ def refuse_name(path: str, mode: int) -> str | None:
     return None
 
 
+class Gate:
+    """Decides of one artifact after the other, in the order in which the limits count them.
+
+    Parameters
+    ----------
+    max_bytes, max_files
+        Of all regular files together; None for no limit.
+    """
+
+    def __init__(self, *, max_bytes: int | None, max_files: int | None) -> None:
+        self._max_bytes = max_bytes
+        self._max_files = max_files
+        self._bytes = 0
+        self._files = 0
+
+    def refuse(self, path: str, mode: int, size: int, target: str) -> str | None:
+        """Say why an artifact may not be kept; None where it may.
+
+        Parameters
+        ----------
+        mode, size
+            As `lstat` has them.
+        target
+            Of a symbolic link.
+        """
+        reason = refuse_type(mode) or refuse_name(path, mode)
+        if reason is None and stat.S_ISLNK(mode):
+            reason = refuse_link(path, target)
+        if reason is not None or not stat.S_ISREG(mode):
+            return reason
+        self._bytes += size
+        if self._max_bytes is not None and self._bytes > self._max_bytes:
+            return f"is beyond artifacts.maxBytes ({self._max_bytes})"
+        if self._max_files is not None and self._files >= self._max_files:
+            return f"is beyond artifacts.maxFiles ({self._max_files})"
+        self._files += 1
+        return None
+
+
 def has_setuid(mode: int) -> bool:
     """Whether a regular file would run as its owner or group."""
     return stat.S_ISREG(mode) and bool(mode & (stat.S_ISUID | stat.S_ISGID))

@@ -40,6 +40,7 @@ from pipelines.report import (
     Timings,
     WorkspaceInfo,
     WrittenBack,
+    last_line,
     make_report,
     run_warnings,
 )
@@ -129,16 +130,15 @@ async def run_in_engine(
             "name a digest in --image"
         )
     result = run.result
-    published = json.dumps(publishable(payload), indent=2, ensure_ascii=False)
-    result.payload = run.masker.mask(published) + "\n"
-    lines = result.log_tail.strip().splitlines()
+    published = run.masker.mask_json(publishable(payload))
+    result.payload = json.dumps(published, indent=2, ensure_ascii=False) + "\n"
     findings = Findings(
         began=began,
         ending=run.execution.ending if run.execution else None,
         failure=failure,
         engine=engine,
         reference=result.image.reference if result.image else plan.image,
-        last_line=lines[-1].strip() if lines else "",
+        last_line=last_line(result.log_tail),
         timings=Timings(**run.seconds),
         workspace=WorkspaceInfo(
             files=None, bytes=None, uploaded_bytes=None, written_back=run.changes

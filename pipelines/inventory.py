@@ -14,7 +14,7 @@ from pathlib import PurePosixPath
 
 import dagger
 
-from pipelines.artifacts import readable, refuse_link, refuse_name, refuse_type
+from pipelines.artifacts import Gate, readable
 from pipelines.concurrency import together
 from pipelines.container_task import Image, engine_failures
 from pipelines.payload import ArtifactRules
@@ -71,7 +71,7 @@ async def list_entries(
         )
         names = ("names", "stats", "links", "digests")
         listing = await together(*(out.file(name).contents() for name in names))
-    return sorted(parse_listing(*listing), key=_order)
+    return ordered(parse_listing(*listing))
 
 
 def parse_listing(names: str, stats: str, links: str, digests: str) -> Iterator[Entry]:
@@ -104,23 +104,14 @@ def judge(entries: Iterable[Entry], rules: ArtifactRules) -> Artifacts:
         In the order in which the limits count them.
     """
     found = Artifacts()
-    total = 0
+    gate = Gate(max_bytes=rules.max_bytes, max_files=rules.max_files)
     for entry in entries:
         if any(str(parent) in found.refused for parent in PurePosixPath(entry.path).parents):
             continue
-        regular = stat.S_ISREG(entry.mode)
-        reason = refuse_type(entry.mode) or refuse_name(entry.path, entry.mode)
-        if reason is None and stat.S_ISLNK(entry.mode):
-            reason = refuse_link(entry.path, entry.target)
-        if reason is None and regular:
-            total += entry.size
-            if rules.max_bytes is not None and total > rules.max_bytes:
-                reason = f"is beyond artifacts.maxBytes ({rules.max_bytes})"
-            elif rules.max_files is not None and len(found.files) >= rules.max_files:
-                reason = f"is beyond artifacts.maxFiles ({rules.max_files})"
+        reason = gate.refuse(entry.path, entry.mode, entry.size, entry.target)
         if reason is not None:
             found.refused[readable(entry.path)] = reason
-        elif regular:
+        elif stat.S_ISREG(entry.mode):
             found.files.append(
                 Artifact(path=readable(entry.path), bytes=entry.size, sha256=entry.sha256)
             )
@@ -136,7 +127,11 @@ def without(directory: dagger.Directory, paths: Iterable[str]) -> dagger.Directo
     return directory.filter(exclude=patterns) if patterns else directory
 
 
-def _order(entry: Entry) -> tuple[list[bytes], bytes]:
-    """As a host lists them: a directory's own entries, then what is in its directories."""
-    folder, name = posixpath.split(entry.path)
-    return [part.encode() for part in folder.split("/") if part], name.encode()
+def ordered(entries: Iterable[Entry]) -> list[Entry]:
+    """Sort as a host lists them: a directory's own entries, then what is in its directories."""
+
+    def place(entry: Entry) -> tuple[list[bytes], bytes]:
+        folder, name = posixpath.split(entry.path)
+        return [part.encode() for part in folder.split("/") if part], name.encode()
+
+    return sorted(entries, key=place)

@@ -9,6 +9,7 @@ import base64
 import json
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 from urllib.parse import quote, quote_plus
 
 MASK = b"***"
@@ -109,6 +110,18 @@ class Masker:
         stream = self.stream()
         data = text.encode("utf-8", "surrogateescape")
         return (stream.feed(data) + stream.finish()).decode("utf-8", "surrogateescape")
+
+    def mask_json(self, value: Any) -> Any:
+        """Give JSON data with its texts masked, but not its keys: those are the contract's."""
+        match value:
+            case str():
+                return self.mask(value)
+            case list():
+                return [self.mask_json(item) for item in value]
+            case dict():
+                return {key: self.mask_json(item) for key, item in value.items()}
+            case _:
+                return value
 
     def stream(self, *, after_cut: bool = False) -> "MaskingStream":
         """Start a stream of bytes that is masked as it goes by.

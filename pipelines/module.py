@@ -115,10 +115,12 @@ class TaskRun:
             return shown
         if self.bare is None:
             raise RuntimeError(shown)
-        # A real failing command is what makes `dagger call` end with its code.
+        # A real failing command is what makes `dagger call` end with its code; its
+        # arguments cannot hold a NUL.
+        shown = shown.replace("\0", "")
         script = 'printf "%s" "$0" >&2; exit "$1"'
         await self.bare.with_exec([*self.shell, "-c", script, shown, str(self.exit_code)]).sync()
-        raise AssertionError
+        raise AssertionError("the command above fails")
 
     @never_cached
     def terminal(self) -> dagger.Container:

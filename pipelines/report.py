@@ -14,6 +14,9 @@ from pipelines.plan import Plan, reproduce_line
 
 SCHEMA_VERSION = 1
 
+LAST_LINE_CHARACTERS = 500
+"""Of a command's last line, in an error message."""
+
 TIMED_OUT_EXIT_CODE = 124
 """As `timeout(1)` has it."""
 
@@ -304,6 +307,12 @@ def _masked_workspace(workspace: WorkspaceInfo, mask: _Mask) -> WorkspaceInfo:
 
 def _masked_keys(refused: dict[str, str], mask: _Mask) -> dict[str, str]:
     return {mask(path): reason for path, reason in refused.items()}
+
+
+def last_line(text: str) -> str:
+    """Give the last line of an output that is not blank, for an error message."""
+    line = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+    return line if len(line) <= LAST_LINE_CHARACTERS else line[:LAST_LINE_CHARACTERS] + "..."
 
 
 def exit_status(report: RunReport) -> int:

@@ -45,7 +45,7 @@ def test_a_run_is_found_wherever_it_was_left(tmp_path: Path, place: str) -> None
 
 
 def test_the_module_is_this_checkout_by_itself(tmp_path: Path) -> None:
-    words = reproduce_command(a_run(tmp_path / "out"), shell=True)
+    words = reproduce_command(a_run(tmp_path / "out"), open_shell=True)
 
     assert words[2] == str(Path(__file__).resolve().parents[1])
     assert words[-1] == "terminal"

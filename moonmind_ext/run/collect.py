@@ -5,14 +5,7 @@ import stat
 from pathlib import Path
 
 from moonmind_ext.workspace.tree import ensure_mode, remove_tree, walk
-from pipelines.artifacts import (
-    SETUID_CLEARED,
-    has_setuid,
-    readable,
-    refuse_link,
-    refuse_name,
-    refuse_type,
-)
+from pipelines.artifacts import SETUID_CLEARED, Gate, has_setuid, readable
 from pipelines.payload import ArtifactRules
 from pipelines.report import Artifact, Artifacts
 
@@ -34,19 +27,11 @@ def check_artifacts(root: Path, rules: ArtifactRules) -> Artifacts:
         Every file that is left, with its digest, and everything refused.
     """
     found = Artifacts()
-    total = 0
+    gate = Gate(max_bytes=rules.max_bytes, max_files=rules.max_files)
     for path, status in walk(root):
-        file = root / path
-        mode = status.st_mode
-        reason = refuse_type(mode) or refuse_name(path, mode)
-        if reason is None and stat.S_ISLNK(mode):
-            reason = refuse_link(path, str(file.readlink()))
-        if reason is None and stat.S_ISREG(mode):
-            total += status.st_size
-            if rules.max_bytes is not None and total > rules.max_bytes:
-                reason = f"is beyond artifacts.maxBytes ({rules.max_bytes})"
-            elif rules.max_files is not None and len(found.files) >= rules.max_files:
-                reason = f"is beyond artifacts.maxFiles ({rules.max_files})"
+        file, mode = root / path, status.st_mode
+        target = str(file.readlink()) if stat.S_ISLNK(mode) else ""
+        reason = gate.refuse(path, mode, status.st_size, target)
         if reason is not None:
             found.refused[readable(path)] = reason
             if stat.S_ISDIR(mode):

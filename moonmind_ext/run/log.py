@@ -18,7 +18,6 @@ SETTLE_SECONDS = 1.0
 """For records of output that is complete already: the engine sends them 0.1 s
 after it was written. Some never come (text that is not UTF-8)."""
 
-LAST_LINE_CHARACTERS = 500
 _TAIL_BYTES = 8192
 _CHUNK_BYTES = 1 << 20
 
@@ -108,10 +107,8 @@ def _copy(source: Path, log: BinaryIO, stream: MaskingStream) -> None:
             log.write(stream.feed(chunk))
 
 
-def last_line(log: Path) -> str:
-    """Give the last line of a log that is not blank, for an error message."""
+def end_of(log: Path) -> str:
+    """Give the text of a log's last 8 KiB."""
     with log.open("rb") as file:
         file.seek(max(log.stat().st_size - _TAIL_BYTES, 0))
-        lines = file.read().decode("utf-8", "replace").splitlines()
-    line = next((line.strip() for line in reversed(lines) if line.strip()), "")
-    return line if len(line) <= LAST_LINE_CHARACTERS else line[:LAST_LINE_CHARACTERS] + "..."
+        return file.read().decode("utf-8", "replace")

@@ -19,7 +19,7 @@ from moonmind_ext.engine.registry import current_reference
 from moonmind_ext.engine.session import EngineSession
 from moonmind_ext.run.events import FINISHED, STARTED, Event, Level, Observer, Phase, Stopwatch
 from moonmind_ext.run.export import Exporter, Results
-from moonmind_ext.run.log import DEFAULT_LOG_LIMIT_BYTES, LiveOutput, last_line
+from moonmind_ext.run.log import DEFAULT_LOG_LIMIT_BYTES, LiveOutput, end_of
 from moonmind_ext.run.output import OutputError, clear_output
 from moonmind_ext.run.stage_log import StageLog
 from moonmind_ext.workspace.send import Size, WorkspaceError, send_workspace
@@ -48,6 +48,7 @@ from pipelines.report import (
     Source,
     Timings,
     WorkspaceInfo,
+    last_line,
     make_report,
     run_warnings,
 )
@@ -376,7 +377,7 @@ class _Run:
             failure=progress.failure,
             engine=engine,
             reference=progress.image.reference if progress.image else plan.image,
-            last_line=last_line(log) if log.exists() else "",
+            last_line=last_line(end_of(log)) if log.exists() else "",
             timings=Timings(**self.watch.seconds),
             workspace=WorkspaceInfo(
                 files=size.files if size else None,
@@ -401,24 +402,11 @@ class _Run:
             (artifacts / name).mkdir(exist_ok=True)
         if (staging / "runner.log").exists():
             (staging / "runner.log").rename(artifacts / "logs" / "runner.log")
-        payload = _masked_strings(publishable(self.request.payload), self.masker)
+        payload = self.masker.mask_json(publishable(self.request.payload))
         text = json.dumps(payload, indent=2, ensure_ascii=False) + "\n"
         (artifacts / "metadata" / "payload.json").write_text(text, "utf-8", "replace")
         (artifacts / "metadata" / "run.json").write_text(report.to_json(), "utf-8")
         artifacts.rename(target)
-
-
-def _masked_strings(value: Any, masker: Masker) -> Any:
-    """Mask the texts in JSON data, not its keys: those are the contract's."""
-    match value:
-        case str():
-            return masker.mask(value)
-        case list():
-            return [_masked_strings(item, masker) for item in value]
-        case dict():
-            return {key: _masked_strings(item, masker) for key, item in value.items()}
-        case _:
-            return value
 
 
 def _finished(report: RunReport, plan: Plan) -> dict[str, Any]:

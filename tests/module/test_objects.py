@@ -13,12 +13,15 @@ from tests.module.conftest import Engine
 
 HELPER = "embedded.test/busybox"
 
+# The SDK's decorators hide from mypy what they decorate.
+Module: Any = Moonmind
 
-async def run(container: dict[str, Any], **arguments: Any) -> TaskRun:
+
+async def run(container: dict[str, Any], **arguments: Any) -> Any:
     payload = dag.file("payload.json", json.dumps({"image": "busybox", **container}))
     workspace = dag.directory().with_new_file("README.md", "# widgets\n")
     arguments.setdefault("workspace", workspace)
-    return await Moonmind(helper_image=HELPER).run(payload, **arguments)  # type: ignore[call-arg]
+    return await Module(helper_image=HELPER).run(payload, **arguments)
 
 
 def sh(script: str) -> list[str]:
@@ -61,7 +64,7 @@ async def test_check_ends_with_the_commands_own_exit_code_and_shows_its_end(
     engine: Engine, code: int
 ) -> None:
     async with engine():
-        done = await run({"command": sh(f"echo first; echo last; exit {code}")})
+        done = await run({"command": sh(f"echo first; printf 'la\\0st\\n'; exit {code}")})
 
         assert (done.exit_code, done.outcome) == (code, "command-failed")
         with pytest.raises(dagger.ExecError) as failure:
@@ -162,7 +165,7 @@ async def test_a_payload_that_is_wrong_is_refused_by_its_fields(engine: Engine) 
 
 async def test_flags_alone_make_a_task(engine: Engine) -> None:
     async with engine():
-        done = await Moonmind(helper_image=HELPER).container(  # type: ignore[call-arg]
+        done = await Module(helper_image=HELPER).container(
             image="busybox",
             command=sh("echo $GREETING, $WHO"),
             workspace=dag.directory(),
@@ -173,7 +176,7 @@ async def test_flags_alone_make_a_task(engine: Engine) -> None:
 
         assert await done.stdout() == "hi=there, ***\n"
         with pytest.raises(ValueError, match="must be NAME=VALUE"):
-            await Moonmind().container(
+            await Module().container(
                 image="busybox", command=["true"], workspace=dag.directory(), env=["nothing"]
             )
 
@@ -192,7 +195,7 @@ async def test_paths_and_limits_are_those_that_are_asked_for(engine: Engine) -> 
 
 async def test_a_run_travels_from_call_to_call_and_is_not_run_again(engine: Engine) -> None:
     """As Dagger does it between `run` and `check`: as JSON, objects by their ids."""
-    module: Any = Moonmind.__dagger_module__  # type: ignore[attr-defined]
+    module = Module.__dagger_module__
     async with engine():
         done = await run({"command": sh("cat /proc/sys/kernel/random/uuid")})
         state = json.loads(json.dumps(await module.unstructure(done, TaskRun)))
@@ -201,3 +204,24 @@ async def test_a_run_travels_from_call_to_call_and_is_not_run_again(engine: Engi
         assert await again.stdout() == await done.stdout()
         assert again.exit_code == 0
         assert state["exit_code" if "exit_code" in state else "exitCode"] == 0
+
+
+async def test_a_log_over_the_limit_keeps_its_ends_masked(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.engine_run.LOG_LIMIT_BYTES", 200)
+    script = 'echo begin $S; i=0; while [ $i -lt 99 ]; do echo "line $i $S"; i=$((i+1)); done'
+    async with engine():
+        done = await run(
+            {"command": sh(script), "secretEnv": {"S": "env://S"}},
+            secrets=[dag.set_secret("s", "value-of-secret")],
+        )
+
+        text = await done.stdout()
+        report = json.loads(await done.report.contents())
+    assert text.startswith("begin ***\n")
+    assert text.endswith("line 98 ***\n")
+    assert "only the beginning and the end are kept" in text
+    assert len(text) < 500
+    assert report["log"]["truncated"] is True
+    assert report["log"]["bytes"] > 1000

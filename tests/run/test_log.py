@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moonmind_ext.run.events import Event
-from moonmind_ext.run.log import LiveOutput, last_line, write_excerpt, write_log
+from moonmind_ext.run.log import LiveOutput, end_of, write_excerpt, write_log
 from pipelines.masking import Masker
 
 SECRET = "the-secret-value"
@@ -79,11 +79,10 @@ def test_a_cut_log_shows_no_half_of_a_secret(tmp_path: Path) -> None:
     assert "of 10000 bytes" in log
 
 
-def test_the_last_line_is_the_last_that_says_something(tmp_path: Path) -> None:
+def test_the_end_of_a_log_is_text_whatever_it_is(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    log.write_text("one\ntwo\n\n  \n")
-    assert last_line(log) == "two"
-    log.write_text("")
-    assert last_line(log) == ""
-    log.write_text("x" * 10_000)
-    assert last_line(log) == "x" * 500 + "..."
+    log.write_bytes(b"x" * 10_000 + b"\xff\nlast\n")
+    assert end_of(log).endswith("\ufffd\nlast\n")
+    assert len(end_of(log)) < 10_000
+    log.write_bytes(b"")
+    assert end_of(log) == ""

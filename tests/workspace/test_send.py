@@ -1,11 +1,14 @@
 import os
-import subprocess
 from pathlib import Path
+from typing import Any
 
+import dagger
+import gql
 import pytest
+from dagger._exceptions import QueryErrorValue
 
-from moonmind_ext.embedded import sandbox_problem
-from moonmind_ext.workspace.send import Size, WorkspaceError, measure
+from moonmind_ext.workspace.send import Size, WorkspaceError, measure, send_workspace
+from pipelines.payload import WorkspaceFilter
 from tests.workspace.support import as_ordinary_user
 
 
@@ -33,8 +36,8 @@ def test_what_is_no_directory_is_named(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     printed = as_ordinary_user(
         tmp_path,
+        "moonmind_ext.workspace.send",
         """
-        from moonmind_ext.workspace.send import *
         Path("private").write_text("x")
         Path("private").chmod(0)
         try: measure(Path.cwd())
@@ -45,40 +48,52 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert "private: cannot be read" in printed
 
 
-def test_what_a_filter_leaves_out_may_be_unreadable_and_nothing_else(tmp_path: Path) -> None:
-    if problem := sandbox_problem():
-        pytest.skip(f"the embedded engine cannot run here: {problem}")
-    printed = as_ordinary_user(
-        tmp_path,
-        """
-        import anyio
-        from moonmind_ext.engine.choice import EngineChoice
-        from moonmind_ext.engine.session import open_session
-        from moonmind_ext.workspace.send import *
-        root = Path.cwd() / "workspace"
-        root.mkdir()
-        (root / "private").write_text("x")
-        (root / "private").chmod(0)
-        (root / "open").write_text("x")
+class Client:
+    """An engine's, whose every host directory is sent, or fails with a message."""
 
-        async def main():
-            async with open_session(EngineChoice.EMBEDDED, environment=os.environ) as session:
-                for pattern in ("private", "other"):
-                    chosen = WorkspaceFilter(exclude=[pattern])
-                    try:
-                        sent, _ = await send_workspace(session.client, root, chosen)
-                        print(await sent.entries())
-                    except WorkspaceError as error:
-                        print(error)
+    def __init__(self, problem: str | None) -> None:
+        self.problem = problem
 
-        anyio.run(main)
-        """,
-    )
+    def host(self) -> "Client":
+        return self
 
-    first, second = printed.splitlines()
-    assert first == "['open']"
-    assert "cannot be read" in second
-    assert "private" in second
+    def directory(self, path: str, **chosen: object) -> "Client":
+        return self
+
+    async def sync(self) -> "Client":
+        if self.problem is not None:
+            request = gql.GraphQLRequest("{ version }")
+            raise dagger.QueryError([QueryErrorValue(self.problem)], request)
+        return self
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        # The embedded engine's, and a real one's.
+        "[Errno 13] Permission denied: '/w/private'",
+        "failed to sync: error from sender: open /w/private: permission denied",
+    ],
+)
+async def test_where_a_filter_chooses_the_engine_finds_what_cannot_be_read(
+    tmp_path: Path, message: str
+) -> None:
+    client: Any = Client(message)
+    with pytest.raises(WorkspaceError, match="/w/private"):
+        await send_workspace(client, tmp_path, WorkspaceFilter(exclude=["other"]))
+
+
+async def test_any_other_failure_while_sending_is_the_engines(tmp_path: Path) -> None:
+    client: Any = Client("no space left on device")
+    with pytest.raises(dagger.QueryError):
+        await send_workspace(client, tmp_path, WorkspaceFilter())
+
+
+async def test_where_a_filter_chooses_nothing_is_measured(tmp_path: Path) -> None:
+    client: Any = Client(None)
+    _, size = await send_workspace(client, tmp_path / "missing", WorkspaceFilter(gitignore=True))
+
+    assert size is None
 
 
 def test_what_is_left_out_is_not_measured(tmp_path: Path) -> None:

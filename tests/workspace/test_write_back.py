@@ -199,8 +199,8 @@ def test_what_fails_is_named_and_the_rest_comes(
 def test_an_ordinary_user_is_not_held_up_by_modes(tmp_path: Path) -> None:
     printed = as_ordinary_user(
         tmp_path,
+        "moonmind_ext.workspace.write_back",
         """
-        from moonmind_ext.workspace.write_back import *
         workspace, staging = Path("workspace"), Path("staging")
         for folder in ("workspace/closed/inner", "workspace/kept", "staging/new/deep"):
             Path(folder).mkdir(parents=True)
