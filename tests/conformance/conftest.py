@@ -7,7 +7,6 @@ the registry in MOONMIND_TEST_REGISTRY (docs/testing.md).
 
 import os
 from contextlib import nullcontext
-from functools import cache
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -16,7 +15,7 @@ import anyio
 import pytest
 
 from moonmind_ext.engine.choice import EngineChoice
-from moonmind_ext.engine.session import EngineSession, NoEngineError, open_session
+from moonmind_ext.engine.session import EngineSession
 from moonmind_ext.run.task import RunRequest, run_task
 from pipelines.payload import parse_any
 from tests.conformance.support import (
@@ -28,20 +27,7 @@ from tests.conformance.support import (
     Task,
     Watcher,
 )
-
-
-async def _answers() -> str | None:
-    try:
-        async with open_session(environment=os.environ, open_seconds=30):
-            return None
-    except NoEngineError as error:
-        return str(error).replace("\n", " ")
-
-
-@cache
-def real_engine_problem() -> str | None:
-    """Say why there is no real engine; asked once."""
-    return anyio.run(_answers)
+from tests.engines import real_engine_problem
 
 
 @pytest.fixture(params=["embedded", "dagger"])

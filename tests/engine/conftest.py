@@ -1,16 +1,13 @@
 """Fixtures for what is between this project and an engine."""
 
-import os
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from uuid import uuid4
 
-import anyio
 import pytest
 
-from moonmind_ext.engine.session import NoEngineError, open_session
 from tests.engine.support import Api, Place, Registry, image_registry, session_api
+from tests.engines import real_engine_problem
 
 
 @pytest.fixture
@@ -35,21 +32,8 @@ def registry() -> Iterator[Registry]:
         yield registry
 
 
-async def _answers() -> str | None:
-    try:
-        async with open_session(environment=os.environ, open_seconds=30):
-            return None
-    except NoEngineError as error:
-        return str(error).replace("\n", " ")
-
-
-@cache
-def _real_engine_problem() -> str | None:
-    return anyio.run(_answers)
-
-
 @pytest.fixture
 def real_engine() -> None:
     """Skip where `moonmind-ext run` would find no real engine; asked once."""
-    if problem := _real_engine_problem():
+    if problem := real_engine_problem():
         pytest.skip(problem)

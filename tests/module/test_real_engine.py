@@ -18,8 +18,8 @@ from moonmind_ext.engine.session import open_session
 from moonmind_ext.reproduce import reproduce_command
 from moonmind_ext.run.task import RunRequest, run_task
 from pipelines.payload import parse_any
-from tests.conformance.conftest import real_engine_problem
 from tests.conformance.support import Watcher
+from tests.engines import real_engine_problem
 
 ROOT = Path(__file__).parents[2]
 REGISTRY = os.environ.get("MOONMIND_TEST_REGISTRY", "docker.io/library")
