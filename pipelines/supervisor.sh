@@ -16,6 +16,8 @@
 # Our variables begin with mm_: one that the task's environment also has would
 # reach the command with our value.
 #
+# shellcheck disable=SC2034 # Some words are read only to be left out of the others.
+#
 # POSIX shell, for dash, bash and busybox; besides a shell it needs sleep, date,
 # find, rm and chmod. An image without them brings a static busybox, mounted here.
 mm_busybox=/.moonmind/busybox

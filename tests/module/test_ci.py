@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from pipelines.payload import loads, parse_payload, warnings_of
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = ["examples/ci/run.sh", "pipelines/listing.sh"]
+SCRIPTS = ["examples/ci/run.sh", "pipelines/listing.sh", "pipelines/supervisor.sh", ".ci/run"]
 EXAMPLES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("examples/*/payload.json"))
 WORKFLOWS = [".github/workflows/ci.yml", "examples/ci/github.yml"]
 
@@ -26,7 +27,9 @@ echo "$ENDS" >"${last#--path=}/exit-code"
 
 
 def linter(name: str) -> str:
-    found = shutil.which(name)
+    # Beside this Python first: shellcheck is one of the development tools.
+    here = str(Path(sys.executable).parent)
+    found = shutil.which(name, path=os.pathsep.join([here, os.environ["PATH"]]))
     if found is None:
         pytest.skip(f"there is no {name} on PATH")
     return found
