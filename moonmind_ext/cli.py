@@ -441,7 +441,11 @@ def _plan(payload: TaskPayload, job_id: str, defaults: Defaults) -> Plan:
 def _defaults(workdir: str, timeout_seconds: int | None) -> Defaults:
     if not workdir.startswith("/"):
         raise _ExitError(EXIT_USAGE, f"workdir {workdir}: must be an absolute path")
-    return Defaults(workdir=workdir, timeout_seconds=timeout_seconds or DEFAULT_TIMEOUT_SECONDS)
+    return Defaults(
+        workdir=workdir,
+        timeout_seconds=timeout_seconds or DEFAULT_TIMEOUT_SECONDS,
+        module=os.environ.get("MOONMIND_MODULE") or ".",
+    )
 
 
 def _secrets(plan: Plan, env_file: Path | None) -> dict[str, str]:

@@ -22,8 +22,8 @@ def reproduce_command(
         What a run has left: the output directory of `moonmind-ext run` or of a
         worker, its artifact directory, or an exported `result` of the module.
     module
-        Address of the Dagger module; default: the checkout that this package is
-        part of.
+        Address of the Dagger module; default: the one that the run has recorded, or
+        the checkout that this package is part of.
     open_shell
         Open a shell in the container after the command, instead of ending as it did.
 
@@ -39,7 +39,8 @@ def reproduce_command(
         raise NoRunError(f"{report}: is not the run.json of a run ({error})") from None
     if words[:2] != ["dagger", "-m"] or words[-1] != "check":
         raise NoRunError(f"{report}: its reproduce line is not a call of this module")
-    words[2] = module or _own_checkout()
+    if module or words[2] == ".":
+        words[2] = module or _own_checkout()
     words[-1] = "terminal" if open_shell else "check"
     payload = report.parent / "payload.json"
     return [f"--payload={payload}" if word.startswith("--payload=") else word for word in words]

@@ -48,11 +48,15 @@ class Defaults:
         Time limit of a command whose payload names none.
     write_back
         Whether the command's changes come back when the payload does not say.
+    module
+        Where the Dagger module that reproduces the run is: its git address with a
+        version, or a checkout.
     """
 
     workdir: str = DEFAULT_WORKDIR
     timeout_seconds: int = DEFAULT_TIMEOUT_SECONDS
     write_back: WriteBack = WriteBack.NONE
+    module: str = "."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +84,8 @@ class Plan:
         Names and references of the payload's `secretEnv`.
     timeout_seconds, grace_seconds
         Limit of the command, and from SIGTERM to SIGKILL.
+    module
+        Where the Dagger module that reproduces the run is.
     stop_name
         Name of the file that asks this run to end early.
     """
@@ -105,6 +111,7 @@ class Plan:
     cache: CacheMode
     artifacts: ArtifactRules
     retryable: bool
+    module: str
     stop_name: str
 
     @property
@@ -204,11 +211,12 @@ def plan_task(payload: TaskPayload, *, job_id: str, defaults: Defaults | None = 
         cache=spec.cache,
         artifacts=spec.artifacts,
         retryable=spec.retryable,
+        module=defaults.module,
         stop_name=_digest_of(spec, payload.repository) if shared else job_id,
     )
 
 
-def reproduce_line(plan: Plan, *, image: str, module: str = ".") -> str:
+def reproduce_line(plan: Plan, *, image: str) -> str:
     """Give the `dagger call` that runs the plan again.
 
     Its paths are for the workspace as the current directory, with the run's output
@@ -218,10 +226,8 @@ def reproduce_line(plan: Plan, *, image: str, module: str = ".") -> str:
     ----------
     image
         The reference that ran, with its digest where it is known.
-    module
-        Where the Dagger module is: a checkout of this project, or its git address.
     """
-    words = ["dagger", "-m", module, "call", "run"]
+    words = ["dagger", "-m", plan.module, "call", "run"]
     words += [
         f"--payload={plan.artifacts_subdir}/metadata/payload.json",
         "--workspace=.",

@@ -51,6 +51,16 @@ def test_the_module_is_this_checkout_by_itself(tmp_path: Path) -> None:
     assert words[-1] == "terminal"
 
 
+def test_a_module_that_the_run_has_recorded_is_the_one(tmp_path: Path) -> None:
+    payload = parse_any({"image": "busybox:1.36", "command": ["true"]})
+    defaults = Defaults(module="github.com/acme/moonmind-ext@v0.1.0")
+    line = reproduce_line(plan_task(payload, job_id="j", defaults=defaults), image=DIGEST)
+    (tmp_path / "run.json").write_text(json.dumps({"reproduce": line}))
+
+    assert reproduce_command(tmp_path)[2] == "github.com/acme/moonmind-ext@v0.1.0"
+    assert reproduce_command(tmp_path, module="/other")[2] == "/other"
+
+
 def test_secrets_stand_in_the_order_of_the_published_payload(tmp_path: Path) -> None:
     run = a_run(
         tmp_path / "out",
