@@ -169,8 +169,7 @@ def run(
     66 workspace unreadable, 69 image unavailable, 75 engine failed.
     """
     parsed = _read_payload(payload)
-    defaults = _defaults(workdir, timeout_seconds)
-    made = _plan(parsed, job_id or str(uuid4()), defaults)
+    made = _plan(parsed, job_id or str(uuid4()), _defaults(workdir, timeout_seconds))
     if not workspace.is_dir():
         raise _ExitError(EXIT_NO_INPUT, f"workspace {workspace}: is not a directory")
     if output.resolve() == workspace.resolve():
@@ -181,7 +180,6 @@ def run(
         plan=made,
         workspace=workspace.resolve(),
         output=output.resolve(),
-        defaults=defaults,
         secrets=_secrets(made, env_file),
     )
     raise typer.Exit(_run_job(job, engine, engine_open_seconds, as_json=as_json))
@@ -254,7 +252,6 @@ def demo(
         plan=_plan(parsed, "demo", Defaults()),
         workspace=(example / "workspace").resolve(),
         output=output.resolve(),
-        defaults=Defaults(),
         secrets={},
     )
     try:
@@ -323,7 +320,6 @@ class _Job:
     plan: Plan
     workspace: Path
     output: Path
-    defaults: Defaults
     secrets: Mapping[str, str]
 
 
@@ -382,10 +378,9 @@ async def _run_on_engine(
 
         request = RunRequest(
             payload=job.payload,
-            job_id=job.plan.job_id,
+            plan=job.plan,
             workspace=job.workspace,
             output=job.output,
-            defaults=job.defaults,
             secrets=job.secrets,
             helper_image=os.environ.get("MOONMIND_HELPER_IMAGE") or DEFAULT_HELPER_IMAGE,
         )

@@ -30,6 +30,8 @@ from pipelines.masking import Masker
 from pipelines.payload import PullMode, TaskPayload, publishable, warnings_of
 from pipelines.plan import DEFAULT_HELPER_IMAGE, Plan
 from pipelines.report import (
+    ALL_KILLED,
+    LOG_LIMIT_BYTES,
     Artifacts,
     EngineInfo,
     Findings,
@@ -40,13 +42,11 @@ from pipelines.report import (
     Timings,
     WorkspaceInfo,
     WrittenBack,
+    cut_mark,
     last_line,
     make_report,
     run_warnings,
 )
-
-LOG_LIMIT_BYTES = 16 << 20
-"""Of a log. Above it, its beginning and end are kept, as on a host."""
 
 _TAIL_CHARACTERS = 4000
 
@@ -213,10 +213,7 @@ class _EngineRun:
         if log is None:
             text = self.masker.mask(self.execution.lost_output)
             self.log = LogInfo(bytes=len(text.encode()), truncated=True)
-            self.warnings.append(
-                "everything in the container was killed at once (by the command itself, or "
-                "for want of memory): its artifacts are lost and its log may be cut"
-            )
+            self.warnings.append(ALL_KILLED)
         else:
             text = await self._read(log, total)
             self.log = LogInfo(bytes=total, truncated=total > LOG_LIMIT_BYTES)
@@ -240,8 +237,7 @@ class _EngineRun:
         stream = self.masker.stream(after_cut=True)
         parts = [
             self.masker.stream().feed(head.encode()),
-            f"\n[moonmind: the log limit is exceeded; of {total} bytes "
-            "only the beginning and the end are kept, and this is the cut]\n".encode(),
+            cut_mark(total),
             stream.feed(tail.encode()),
             stream.finish(),
         ]

@@ -290,7 +290,8 @@ def _env_name(name: str) -> str:
     return name
 
 
-def _is_shell_name(name: str) -> bool:
+def is_shell_name(name: str) -> bool:
+    """Whether every shell passes an environment variable of this name on."""
     return re.fullmatch(_SHELL_NAME, name) is not None
 
 
@@ -362,14 +363,14 @@ _EnvName = Annotated[
     _must(
         "looks like a secret, whose name must be letters, digits and '_', the first no digit: "
         "shells drop any other",
-        lambda name: _is_shell_name(name) or not looks_secret(name),
+        lambda name: is_shell_name(name) or not looks_secret(name),
     ),
 ]
 _SecretName = Annotated[
     _AnyName,
     _must(
         "must be a name of letters, digits and '_', the first no digit: shells drop any other",
-        _is_shell_name,
+        is_shell_name,
     ),
 ]
 _Secret = Annotated[str, AfterValidator(lambda text: str(parse_secret_reference(text)))]

@@ -20,6 +20,7 @@ from pipelines.payload import (
     TaskPayload,
     WorkspaceFilter,
     WriteBack,
+    is_shell_name,
     looks_secret,
     parse_secret_reference,
 )
@@ -32,8 +33,6 @@ DEFAULT_HELPER_IMAGE = "docker.io/library/busybox:1.37.0-musl"
 
 SUMMARY_LENGTH = 320
 """Characters of a command's summary, as MoonMind cuts it."""
-
-_SHELL_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -288,7 +287,7 @@ def split_env(env: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
     plain = {
         name: value
         for name, value in env.items()
-        if _SHELL_NAME.fullmatch(name) and not name.startswith("mm_")
+        if is_shell_name(name) and not name.startswith("mm_")
     }
     return plain, {name: value for name, value in env.items() if name not in plain}
 

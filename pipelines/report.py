@@ -17,6 +17,16 @@ SCHEMA_VERSION = 1
 LAST_LINE_CHARACTERS = 500
 """Of a command's last line, in an error message."""
 
+LOG_LIMIT_BYTES = 16 << 20
+"""Of one log; above it, its beginning and its end are kept. GitHub's and GitLab's own
+limits are of this order; a browser still opens it, and a worker can upload it in two
+parts."""
+
+ALL_KILLED = (
+    "everything in the container was killed at once (by the command itself, or for want of "
+    "memory): its artifacts are lost and its log may be cut"
+)
+
 TIMED_OUT_EXIT_CODE = 124
 """As `timeout(1)` has it."""
 
@@ -307,6 +317,14 @@ def _masked_workspace(workspace: WorkspaceInfo, mask: _Mask) -> WorkspaceInfo:
 
 def _masked_keys(refused: dict[str, str], mask: _Mask) -> dict[str, str]:
     return {mask(path): reason for path, reason in refused.items()}
+
+
+def cut_mark(total_bytes: int) -> bytes:
+    """Give the line that stands where the middle of a log of so many bytes is missing."""
+    return (
+        f"\n[moonmind: the log limit is exceeded; of {total_bytes} bytes "
+        "only the beginning and the end are kept, and this is the cut]\n"
+    ).encode()
 
 
 def last_line(text: str) -> str:

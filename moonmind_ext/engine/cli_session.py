@@ -29,7 +29,7 @@ the engine; caches are not exported here, so there is nothing to wait longer for
 
 _KEPT_LINES = 50
 _MAX_LINE_BYTES = 4096
-_PORTS = 1 << 16
+PORTS = 1 << 16
 
 
 class SessionStartError(Exception):
@@ -120,7 +120,7 @@ async def _read_address(process: Process, deadline: float) -> SessionAddress | N
         port, token = int(params["port"]), str(params["session_token"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         port, token = 0, ""
-    if 0 < port < _PORTS:
+    if 0 < port < PORTS:
         return SessionAddress(port, token)
     # Whether it has ended is known soon.
     with anyio.move_on_after(0.2):

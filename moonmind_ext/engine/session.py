@@ -13,7 +13,7 @@ import anyio
 import anyio.to_thread
 
 from moonmind_ext.engine.choice import EngineChoice
-from moonmind_ext.engine.cli_session import SessionAddress, SessionStartError, cli_session
+from moonmind_ext.engine.cli_session import PORTS, SessionAddress, SessionStartError, cli_session
 from moonmind_ext.engine.live import LiveLogs, receive_live_logs
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ CHECK_SECONDS = 10
 DOCKER_SECONDS = 5
 """For Docker to say that it is there."""
 
-_PORTS = 1 << 16
 _PORT_DIGITS = 5
 
 
@@ -147,7 +146,7 @@ def ways(environment: Mapping[str, str]) -> list[Way]:
 
 
 def _is_port(text: str) -> bool:
-    return text.isdecimal() and len(text) <= _PORT_DIGITS and 0 < int(text) < _PORTS
+    return text.isdecimal() and len(text) <= _PORT_DIGITS and 0 < int(text) < PORTS
 
 
 @asynccontextmanager

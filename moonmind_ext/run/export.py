@@ -14,7 +14,7 @@ from pipelines.concurrency import together
 from pipelines.container_task import Execution, Image, engine_failures, log_excerpt
 from pipelines.masking import Masker
 from pipelines.plan import Plan
-from pipelines.report import Artifacts, LogInfo, WrittenBack
+from pipelines.report import ALL_KILLED, Artifacts, LogInfo, WrittenBack
 
 
 @dataclass(slots=True)
@@ -88,10 +88,7 @@ class Exporter:
         text = self.masker.mask(execution.lost_output)
         log.write_text(text, encoding="utf-8", errors="replace")
         results.log = LogInfo(bytes=log.stat().st_size, truncated=True)
-        results.warnings.append(
-            "everything in the container was killed at once (by the command itself, or for want "
-            "of memory): its artifacts are lost and its log may be cut"
-        )
+        results.warnings.append(ALL_KILLED)
 
     async def _artifacts(self, execution: Execution, staging: Path) -> Artifacts:
         assert execution.container is not None

@@ -9,10 +9,7 @@ import anyio
 
 from moonmind_ext.run.events import LOG, Event
 from pipelines.masking import Masker, MaskingStream
-
-DEFAULT_LOG_LIMIT_BYTES = 16 << 20
-"""Of one log. GitHub's and GitLab's own limits are of this order; a browser still
-opens it, and a worker can upload it in two parts."""
+from pipelines.report import cut_mark
 
 SETTLE_SECONDS = 1.0
 """For records of output that is complete already: the engine sends them 0.1 s
@@ -92,10 +89,7 @@ def write_excerpt(head: Path, tail: Path, target: Path, masker: Masker, total_by
     with target.open("wb") as log:
         # Not finished: at the cut it may hold the first half of a secret.
         _copy(head, log, masker.stream())
-        log.write(
-            f"\n[moonmind: the log limit is exceeded; of {total_bytes} bytes "
-            "only the beginning and the end are kept, and this is the cut]\n".encode()
-        )
+        log.write(cut_mark(total_bytes))
         stream = masker.stream(after_cut=True)
         _copy(tail, log, stream)
         log.write(stream.finish())

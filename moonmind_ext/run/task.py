@@ -3,12 +3,12 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Awaitable, Iterator, Mapping
+from contextlib import AbstractContextManager, AsyncExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -19,7 +19,7 @@ from moonmind_ext.engine.registry import current_reference
 from moonmind_ext.engine.session import EngineSession
 from moonmind_ext.run.events import FINISHED, STARTED, Event, Level, Observer, Phase, Stopwatch
 from moonmind_ext.run.export import Exporter, Results
-from moonmind_ext.run.log import DEFAULT_LOG_LIMIT_BYTES, LiveOutput, end_of
+from moonmind_ext.run.log import LiveOutput, end_of
 from moonmind_ext.run.output import OutputError, clear_output
 from moonmind_ext.run.stage_log import StageLog
 from moonmind_ext.workspace.send import Size, WorkspaceError, send_workspace
@@ -37,8 +37,9 @@ from pipelines.container_task import (
 )
 from pipelines.masking import Masker
 from pipelines.payload import CacheMode, PullMode, TaskPayload, publishable, warnings_of
-from pipelines.plan import DEFAULT_HELPER_IMAGE, Defaults, Plan, plan_task
+from pipelines.plan import DEFAULT_HELPER_IMAGE, Plan
 from pipelines.report import (
+    LOG_LIMIT_BYTES,
     EngineFailedError,
     EngineInfo,
     Findings,
@@ -52,6 +53,8 @@ from pipelines.report import (
     make_report,
     run_warnings,
 )
+
+T = TypeVar("T")
 
 STOP_MARGIN_SECONDS = 15
 """Above the grace period, for a stopped command's container to answer: the stop
@@ -67,8 +70,8 @@ class RunRequest:
 
     Attributes
     ----------
-    payload
-        With an enabled container.
+    payload, plan
+        The payload, and the plan that was made of it.
     workspace
         Absolute; becomes the repository directory in the container.
     output
@@ -82,12 +85,11 @@ class RunRequest:
     """
 
     payload: TaskPayload
-    job_id: str
+    plan: Plan
     workspace: Path
     output: Path
-    defaults: Defaults = field(default_factory=Defaults)
     secrets: Mapping[str, str] = field(default_factory=dict)
-    log_limit_bytes: int = DEFAULT_LOG_LIMIT_BYTES
+    log_limit_bytes: int = LOG_LIMIT_BYTES
     helper_image: str = DEFAULT_HELPER_IMAGE
 
 
@@ -122,8 +124,6 @@ async def run_task(
         When the output directory holds something that no run has left.
     WorkspaceError
         When the workspace cannot be read.
-    ValueError
-        When the payload has no enabled container, or the job id is no name.
     """
     with traced() as trace_id:
         run = _Run(session, request, observer, stop or anyio.Event(), trace_id)
@@ -158,7 +158,7 @@ class _Run:
         self.observer = observer
         self.stop = stop
         self.trace_id = trace_id
-        self.plan = plan_task(request.payload, job_id=request.job_id, defaults=request.defaults)
+        self.plan = request.plan
         self.hidden = {**self.plan.secret_values, **request.secrets}
         self.masker = Masker(self.hidden.values())
         self.watch = Stopwatch(observer)
@@ -242,12 +242,19 @@ class _Run:
 
     async def _prepare(self) -> tuple[dagger.Directory, Image] | None:
         """Send the workspace and bring the image; None when stopped meanwhile."""
-        ready = None
+        ready = await self._unless_stopped(
+            together(self._send(), self._resolve(), self._read_source())
+        )
+        return ready[:2] if ready else None
+
+    async def _unless_stopped(self, awaitable: Awaitable[T]) -> T | None:
+        """Wait for something before the command; None when the run is stopped meanwhile."""
+        result = None
         async with task_group() as tasks:
             tasks.start_soon(self._cancel_on_stop, tasks.cancel_scope)
-            *ready, _ = await together(self._send(), self._resolve(), self._read_source())
+            result = await awaitable
             tasks.cancel_scope.cancel()
-        return tuple(ready) if ready else None
+        return result
 
     async def _read_source(self) -> None:
         self.progress.source = await read_source(self.request.workspace, self.plan.repository)
@@ -293,15 +300,29 @@ class _Run:
             name: secret_of(client, self.plan, name, value)
             for name, value in self.request.secrets.items()
         }
-        shared = self.plan.cache is CacheMode.REUSE
-        turn = self.session.turn(self.plan.stop_name) if shared else nullcontext()
+        async with AsyncExitStack() as held:
+            if self.plan.cache is CacheMode.REUSE:
+                turn = self.session.turn(self.plan.stop_name)
+                await self._unless_stopped(held.enter_async_context(turn))
+                if self.stop.is_set():
+                    return None
+            return await self._run_command(before, image, secrets)
+
+    async def _run_command(
+        self, before: dagger.Directory, image: Image, secrets: Mapping[str, dagger.Secret]
+    ) -> Execution | None:
         execution = None
-        async with turn, task_group() as tasks:
+        async with task_group() as tasks:
             tasks.start_soon(self._stop_command, image, tasks.cancel_scope)
             live = LiveOutput(self.masker, self.observer.event)
             with self._following(live):
                 execution = await run_command(
-                    client, self.plan, image, before, secrets, stopping=self.stop.is_set
+                    self.session.client,
+                    self.plan,
+                    image,
+                    before,
+                    secrets,
+                    stopping=self.stop.is_set,
                 )
                 if self.session.live is not None and not execution.ending.cached:
                     missing = await live.settle(execution.log_bytes)

@@ -18,6 +18,7 @@ from moonmind_ext.engine.choice import EngineChoice
 from moonmind_ext.engine.session import EngineSession
 from moonmind_ext.run.task import RunRequest, run_task
 from pipelines.payload import parse_any
+from pipelines.plan import plan_task
 from tests.conformance.support import (
     EMBEDDED_IMAGES,
     PUBLIC_IMAGES,
@@ -96,7 +97,7 @@ def task(engine: Engine, tmp_path: Path) -> Task:
                 opened,
                 RunRequest(
                     payload=payload,
-                    job_id=name,
+                    plan=plan_task(payload, job_id=name),
                     workspace=folder,
                     output=output,
                     secrets=secrets or {},

@@ -139,3 +139,31 @@ async def test_a_stop_of_one_job_is_not_its_twins(engine: Engine, task: Task, un
 
     assert one.report.outcome is Outcome.CANCELLED
     assert two.report.outcome is Outcome.SUCCEEDED
+
+
+async def test_a_stop_ends_the_wait_for_a_twin_and_not_the_twin(
+    engine: Engine, task: Task, unique: str
+) -> None:
+    stop, watcher = anyio.Event(), Watcher()
+    results: dict[str, Result] = {}
+
+    async def run(name: str, **more: object) -> None:
+        results[name] = await task(
+            *sh(f"echo up {unique}; sleep 4"), job_id=name, cache="reuse", session=session, **more
+        )
+        stop.set()
+
+    with anyio.fail_after(60):
+        async with engine.session() as session, anyio.create_task_group() as tasks:
+            tasks.start_soon(lambda: run("first", watcher=watcher))
+            await watcher.printed.wait()
+            early = anyio.Event()
+            tasks.start_soon(lambda: run("second", stop=early))
+            await anyio.sleep(1)
+            early.set()
+            await stop.wait()
+            assert list(results) == ["second"]
+
+    assert results["second"].report.outcome is Outcome.CANCELLED
+    assert results["second"].report.exit_code is None
+    assert results["first"].report.outcome is Outcome.SUCCEEDED

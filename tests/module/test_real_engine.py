@@ -18,6 +18,7 @@ from moonmind_ext.engine.session import open_session
 from moonmind_ext.reproduce import reproduce_command
 from moonmind_ext.run.task import RunRequest, run_task
 from pipelines.payload import parse_any
+from pipelines.plan import plan_task
 from tests.conformance.support import Watcher
 from tests.engines import real_engine_problem
 
@@ -79,11 +80,12 @@ async def test_the_module_and_the_worker_give_the_same(tmp_path: Path) -> None:
     }
     (tmp_path / "payload.json").write_text(json.dumps(container))
     async with open_session(EngineChoice.DAGGER, environment=os.environ) as session:
+        payload = parse_any(container)
         report = await run_task(
             session,
             RunRequest(
-                payload=parse_any(container),
-                job_id="same",
+                payload=payload,
+                plan=plan_task(payload, job_id="same"),
                 workspace=workspace,
                 output=output,
                 secrets={"TOKEN": "value-of-token"},
