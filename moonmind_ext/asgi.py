@@ -15,15 +15,23 @@ too, so what is not done by then is waiting for nothing."""
 
 
 @asynccontextmanager
-async def serve(app: object) -> AsyncIterator[int]:
-    """Serve an ASGI application on a free port of the loopback interface.
+async def serve(app: object, *, host: str = "127.0.0.1", port: int = 0) -> AsyncIterator[int]:
+    """Serve an ASGI application, by default on a free port of the loopback interface.
+
+    Parameters
+    ----------
+    host
+        The address of an interface.
+    port
+        0 takes a free one.
 
     Yields
     ------
     int
         The port; it takes connections already.
     """
-    listener = socket.create_server(("127.0.0.1", 0))
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server((host, port), family=family)
     # asyncio sets it on sockets of its own making only; without it every answer
     # waits 40 ms for an acknowledgement.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -17,8 +17,12 @@ from uuid import uuid4
 import typer
 
 from moonmind_ext.engine.choice import EngineChoice
+from moonmind_ext.exits import EXIT_ENGINE, EXIT_INTERRUPTED, EXIT_NO_INPUT, EXIT_USAGE
+from moonmind_ext.exits import ExitError as _ExitError
+from moonmind_ext.queue import commands as queue_commands
 from moonmind_ext.run.output import OutputError, clear_output
 from moonmind_ext.run.secrets import SecretError, read_env_file, resolve_secrets
+from moonmind_ext.worker.command import worker
 from pipelines.concurrency import task_group
 from pipelines.payload import (
     DEFAULT_TIMEOUT_SECONDS,
@@ -47,18 +51,14 @@ if TYPE_CHECKING:
     from moonmind_ext.console import ConsoleObserver
     from pipelines.report import RunReport
 
-EXIT_USAGE = 2
-EXIT_NO_INPUT = 66
-EXIT_ENGINE = 75
-EXIT_INTERRUPTED = 130
-"""Those of sysexits.h, timeout(1) and shells."""
-
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(queue_commands.app, name="queue")
+app.command()(worker)
 
 PayloadArgument = Annotated[
     str,
@@ -118,14 +118,6 @@ def options(
     ] = False,
 ) -> None:
     """Run MoonMind container tasks as Dagger pipelines."""
-
-
-class _ExitError(Exception):
-    """Ends the command with a message for people."""
-
-    def __init__(self, code: int, message: str) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 def main() -> None:

@@ -2,10 +2,12 @@
 
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 from anyio.abc import TaskGroup
+
+T = TypeVar("T")
 
 
 @asynccontextmanager
@@ -41,3 +43,18 @@ async def together(*awaitables: Awaitable[Any]) -> tuple[Any, ...]:
         for index, awaitable in enumerate(awaitables):
             tasks.start_soon(keep, index, awaitable)
     return tuple(results)
+
+
+async def unless(stop: anyio.Event, awaitable: Awaitable[T]) -> T | None:
+    """Wait for something; None when `stop` is set first, and then it is cancelled."""
+    result = None
+
+    async def cancel() -> None:
+        await stop.wait()
+        tasks.cancel_scope.cancel()
+
+    async with task_group() as tasks:
+        tasks.start_soon(cancel)
+        result = await awaitable
+        tasks.cancel_scope.cancel()
+    return result

@@ -158,3 +158,20 @@ def traced() -> Iterator[str]:
         yield trace.format_trace_id(span_context.trace_id)
     finally:
         context.detach(token)
+
+
+@contextmanager
+def joined() -> Iterator[str]:
+    """Stay in the trace that is under way, or begin one.
+
+    Yields
+    ------
+    str
+        The trace id, 32 hexadecimal digits.
+    """
+    current = trace.get_current_span().get_span_context()
+    if current.is_valid:
+        yield trace.format_trace_id(current.trace_id)
+    else:
+        with traced() as trace_id:
+            yield trace_id

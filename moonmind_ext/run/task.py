@@ -3,18 +3,18 @@
 import json
 import os
 import tempfile
-from collections.abc import Awaitable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, AsyncExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import anyio
 import anyio.to_thread
 import dagger
 
-from moonmind_ext.engine.live import traced
+from moonmind_ext.engine.live import joined, traced
 from moonmind_ext.engine.registry import current_reference
 from moonmind_ext.engine.session import EngineSession
 from moonmind_ext.run.events import FINISHED, STARTED, Event, Level, Observer, Phase, Stopwatch
@@ -25,7 +25,7 @@ from moonmind_ext.run.stage_log import StageLog
 from moonmind_ext.workspace.send import Size, WorkspaceError, send_workspace
 from moonmind_ext.workspace.source import read_source
 from pipelines.artifacts import RESERVED_DIRECTORIES
-from pipelines.concurrency import task_group, together
+from pipelines.concurrency import task_group, together, unless
 from pipelines.container_task import (
     Execution,
     Image,
@@ -53,8 +53,6 @@ from pipelines.report import (
     make_report,
     run_warnings,
 )
-
-T = TypeVar("T")
 
 STOP_MARGIN_SECONDS = 15
 """Above the grace period, for a stopped command's container to answer: the stop
@@ -125,7 +123,7 @@ async def run_task(
     WorkspaceError
         When the workspace cannot be read.
     """
-    with traced() as trace_id:
+    with joined() as trace_id:
         run = _Run(session, request, observer, stop or anyio.Event(), trace_id)
         return await run.run()
 
@@ -242,27 +240,16 @@ class _Run:
 
     async def _prepare(self) -> tuple[dagger.Directory, Image] | None:
         """Send the workspace and bring the image; None when stopped meanwhile."""
-        ready = await self._unless_stopped(
-            together(self._send(), self._resolve(), self._read_source())
+        ready = await unless(
+            self.stop, together(self._send(), self._resolve(), self._read_source())
         )
-        return ready[:2] if ready else None
-
-    async def _unless_stopped(self, awaitable: Awaitable[T]) -> T | None:
-        """Wait for something before the command; None when the run is stopped meanwhile."""
-        result = None
-        async with task_group() as tasks:
-            tasks.start_soon(self._cancel_on_stop, tasks.cancel_scope)
-            result = await awaitable
-            tasks.cancel_scope.cancel()
-        return result
+        if ready is None:
+            self.say("stopped before the command began")
+            return None
+        return ready[:2]
 
     async def _read_source(self) -> None:
         self.progress.source = await read_source(self.request.workspace, self.plan.repository)
-
-    async def _cancel_on_stop(self, scope: anyio.CancelScope) -> None:
-        await self.stop.wait()
-        self.say("stopped before the command began")
-        scope.cancel()
 
     async def _send(self) -> dagger.Directory:
         with self._phase(Phase.WORKSPACE), engine_failures("sending the workspace"):
@@ -303,7 +290,7 @@ class _Run:
         async with AsyncExitStack() as held:
             if self.plan.cache is CacheMode.REUSE:
                 turn = self.session.turn(self.plan.stop_name)
-                await self._unless_stopped(held.enter_async_context(turn))
+                await unless(self.stop, held.enter_async_context(turn))
                 if self.stop.is_set():
                     return None
             return await self._run_command(before, image, secrets)

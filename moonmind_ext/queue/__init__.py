@@ -1,0 +1,1 @@
+"""A stand-in of MoonMind's queue server, for local work and tests."""

@@ -1,0 +1,99 @@
+"""A job's directory: locked while its worker lives, removed with the job.
+
+The lock is the kernel's, so it is gone with the process that holds it: a directory
+whose lock is free was left by a worker that was killed.
+"""
+
+import fcntl
+import os
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+import anyio
+import anyio.to_thread
+import structlog
+
+from moonmind_ext.workspace.tree import remove_tree
+
+LOCK = ".moonmind-worker"
+"""In a job's directory; what has none there is not this worker's to sweep."""
+
+log = structlog.get_logger()
+
+
+class DirectoryBusyError(Exception):
+    """Another worker on this host has the job's directory."""
+
+
+@asynccontextmanager
+async def job_directory(workdir: Path, job_id: str) -> AsyncIterator[Path]:
+    """Make a job's directory, and remove it at the end with all that is in it.
+
+    What an earlier attempt has left there is removed first.
+
+    Raises
+    ------
+    DirectoryBusyError
+        When another worker has it: that one still has to learn that it lost the job.
+    OSError
+        When it cannot be made.
+    """
+    path = workdir / job_id
+    with _locked(path) as is_ours:
+        if not is_ours:
+            raise DirectoryBusyError(f"{path} is in use by another worker")
+        await anyio.to_thread.run_sync(_empty, path)
+        try:
+            yield path
+        finally:
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(_remove, path)
+
+
+def sweep(workdir: Path) -> None:
+    """Remove the directories that workers which were killed have left; blocking."""
+    for path in sorted(workdir.iterdir()):
+        if path.is_symlink() or not (path / LOCK).is_file():
+            continue
+        try:
+            with _locked(path) as is_ours:
+                if is_ours:
+                    _remove(path)
+                    log.info("removed what a killed worker had left", directory=str(path))
+        except OSError as error:
+            log.warning("cannot remove what was left", directory=str(path), error=str(error))
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Hold the lock of a directory, made if it is not there; False when somebody has it."""
+    path.mkdir(parents=True, exist_ok=True)
+    lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            # Removed by the worker that had it, between our two steps.
+            yield os.fstat(lock).st_nlink > 0
+    finally:
+        os.close(lock)
+
+
+def _remove(path: Path) -> None:
+    _empty(path)
+    # The lock last: until then the directory is known as one to sweep.
+    (path / LOCK).unlink()
+    path.rmdir()
+
+
+def _empty(path: Path) -> None:
+    for inner in path.iterdir():
+        if inner.name == LOCK:
+            continue
+        if inner.is_dir() and not inner.is_symlink():
+            remove_tree(inner)
+        else:
+            inner.unlink()

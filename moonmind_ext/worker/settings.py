@@ -1,0 +1,239 @@
+"""What a worker is told before it starts. Pure; MoonMind's names where it has them."""
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from pydantic import ValidationError
+
+from moonmind_ext.engine.choice import EngineChoice
+from pipelines.payload import DEFAULT_TIMEOUT_SECONDS, Resources
+from pipelines.plan import DEFAULT_HELPER_IMAGE, DEFAULT_WORKDIR
+
+TASK = "task"
+"""The one type of job that this worker runs."""
+
+DEFAULT_CAPABILITIES = ("git", "docker", "codex", "gemini", "claude")
+"""A container task needs the runtime that its payload names, though only an agent
+would use it: so all of them."""
+
+DEFAULT_DRAIN_SECONDS = 60.0
+"""Below what Kubernetes and Compose are commonly told to wait before they kill."""
+
+WORKER_SECRETS = ("MOONMIND_WORKER_TOKEN", "MOONMIND_VAULT_TOKEN", "GITHUB_TOKEN", "GH_TOKEN")
+"""Variables that hold the worker's own credentials: no process that it starts gets them."""
+
+_MAX_WORKER_ID = 255
+
+
+class SettingsError(Exception):
+    """A setting that no worker can start with; the message names it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VaultSettings:
+    """Where `vault://` references are resolved: a KV version 2 store.
+
+    Attributes
+    ----------
+    mounts
+        Those that a payload may name.
+    seconds
+        For one request.
+    """
+
+    address: str
+    token: str = field(repr=False)
+    namespace: str | None = None
+    mounts: tuple[str, ...] = ("kv",)
+    seconds: float = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSettings:
+    """Everything that is fixed while a worker runs.
+
+    Attributes
+    ----------
+    url
+        Base address of MoonMind's API, without a slash at its end.
+    worker_id
+        Whose jobs these are, in the server's records.
+    token
+        The worker's token; None where the server asks for none.
+    poll_seconds
+        From an empty queue to the next question.
+    lease_seconds
+        For how long a job is this worker's after a heartbeat.
+    workdir
+        Absolute; holds a directory for each job.
+    capabilities
+        What the queue compares with a job's `requiredCapabilities`.
+    allowed_images
+        Patterns; an image must fit one of them.
+    allowed_secrets
+        Patterns of the references that a payload's `secretEnv` may name.
+    concurrency
+        Jobs at once, at most.
+    drain_seconds
+        For running jobs, from the first SIGTERM until they are stopped.
+    cpus, memory_bytes
+        What the engine has; tasks run together while their requests fit in.
+    github_token, github_host
+        The credential for cloning and publishing, and the only host that gets it.
+    """
+
+    url: str
+    worker_id: str
+    workdir: Path
+    token: str | None = field(default=None, repr=False)
+    poll_seconds: float = 1.5
+    lease_seconds: int = 120
+    capabilities: tuple[str, ...] = DEFAULT_CAPABILITIES
+    allowed_images: tuple[str, ...] = ("*",)
+    allowed_secrets: tuple[str, ...] = ("vault://*",)
+    timeout_seconds: int = DEFAULT_TIMEOUT_SECONDS
+    concurrency: int = 1
+    drain_seconds: float = DEFAULT_DRAIN_SECONDS
+    cpus: float | None = None
+    memory_bytes: int | None = None
+    engine: EngineChoice = EngineChoice.AUTO
+    engine_open_seconds: float = 30.0
+    github_token: str | None = field(default=None, repr=False)
+    github_host: str = "github.com"
+    vault: VaultSettings | None = None
+    helper_image: str = DEFAULT_HELPER_IMAGE
+    module: str = "."
+
+    @property
+    def credentials(self) -> tuple[str, ...]:
+        """The values that must not be seen anywhere."""
+        vault = self.vault.token if self.vault else None
+        return tuple(value for value in (self.token, self.github_token, vault) if value)
+
+
+def check_url(url: str) -> str:
+    """Give the address of the queue in its one form.
+
+    Raises
+    ------
+    SettingsError
+        When it is no HTTP address, or holds a password.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise SettingsError("MOONMIND_URL: must be an address like https://moonmind.example")
+    if parts.username or parts.password:
+        raise SettingsError("MOONMIND_URL: must hold no credentials; give MOONMIND_WORKER_TOKEN")
+    return url.rstrip("/")
+
+
+def check_workdir(workdir: str) -> Path:
+    """Give the jobs' directory, made if it is not there.
+
+    Raises
+    ------
+    SettingsError
+        When it is relative or cannot be written to.
+    """
+    path = Path(workdir or DEFAULT_WORKDIR)
+    if not path.is_absolute():
+        raise SettingsError(f"MOONMIND_WORKDIR: {workdir} must be an absolute path")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"MOONMIND_WORKDIR: {error.filename}: {error.strerror}") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise SettingsError(f"MOONMIND_WORKDIR: {workdir} cannot be written to")
+    return path
+
+
+def check_worker_id(worker_id: str) -> str:
+    """Give the worker's name.
+
+    Raises
+    ------
+    SettingsError
+        When it has blanks or control characters, or is too long for the server.
+    """
+    if not re.fullmatch(rf"[!-~]{{1,{_MAX_WORKER_ID}}}", worker_id):
+        raise SettingsError(
+            f"MOONMIND_WORKER_ID: must be 1 to {_MAX_WORKER_ID} printable characters, no blanks"
+        )
+    return worker_id
+
+
+def check_types(types: Iterable[str]) -> None:
+    """Refuse types of jobs that this worker cannot run.
+
+    Raises
+    ------
+    SettingsError
+        When there are others than `task`.
+    """
+    others = [name for name in types if name != TASK]
+    if others:
+        raise SettingsError(
+            f"MOONMIND_WORKER_ALLOWED_TYPES: this worker runs jobs of type {TASK!r} only, not "
+            f"{', '.join(others)}; MoonMind's own worker takes those (docs/moonmind.md)"
+        )
+
+
+def split_list(text: str) -> tuple[str, ...]:
+    """Read a list with commas, as MoonMind's settings have them; blanks do not count."""
+    return tuple(dict.fromkeys(item.strip() for item in text.split(",") if item.strip()))
+
+
+def read_memory(text: str) -> int | None:
+    """Read a size in Docker's notation, as bytes; None where there is none.
+
+    Raises
+    ------
+    SettingsError
+        When it is no size.
+    """
+    if not text.strip():
+        return None
+    try:
+        return Resources(memory=text.strip()).memory_bytes
+    except ValidationError:
+        raise SettingsError("MOONMIND_ENGINE_MEMORY: must be a size like 16g or 512m") from None
+
+
+def read_vault(environment: Mapping[str, str]) -> VaultSettings | None:
+    """Read MoonMind's settings of Vault; None where it names no address.
+
+    Raises
+    ------
+    SettingsError
+        When a setting is broken, or there is an address without a token.
+    """
+    address = environment.get("MOONMIND_VAULT_ADDR", "").strip().rstrip("/")
+    if not address:
+        return None
+    if urlsplit(address).scheme not in {"http", "https"}:
+        raise SettingsError("MOONMIND_VAULT_ADDR: must be an address like https://vault.example")
+    token = environment.get("MOONMIND_VAULT_TOKEN", "").strip()
+    file = environment.get("MOONMIND_VAULT_TOKEN_FILE", "").strip()
+    if not token and file:
+        try:
+            token = Path(file).read_text("utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingsError(f"MOONMIND_VAULT_TOKEN_FILE: {error}") from error
+    if not token:
+        raise SettingsError(
+            "MOONMIND_VAULT_ADDR is set: MOONMIND_VAULT_TOKEN or MOONMIND_VAULT_TOKEN_FILE must be"
+        )
+    seconds = environment.get("MOONMIND_VAULT_TIMEOUT_SECONDS", "").strip() or "10"
+    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", seconds) or float(seconds) <= 0:
+        raise SettingsError("MOONMIND_VAULT_TIMEOUT_SECONDS: must be a number above 0")
+    return VaultSettings(
+        address=address,
+        token=token,
+        namespace=environment.get("MOONMIND_VAULT_NAMESPACE", "").strip() or None,
+        mounts=split_list(environment.get("MOONMIND_VAULT_ALLOWED_MOUNTS", "")) or ("kv",),
+        seconds=float(seconds),
+    )

@@ -1,0 +1,180 @@
+"""A job's files to the queue. What cannot be stored is said, and fails no job."""
+
+import hashlib
+import mimetypes
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import anyio
+import anyio.to_thread
+
+from moonmind_ext.worker.claim import pause_after
+from moonmind_ext.worker.queue import QueueClient, QueueError
+from pipelines.concurrency import task_group
+from pipelines.masking import Masker
+
+PART_BYTES = 10 << 20
+"""MoonMind's limit for one file. A larger one goes in parts, joined again by `cat`."""
+
+LEAST_PART_BYTES = 64 << 10
+"""A server that refuses even this has another fault than a lower limit."""
+
+MAX_NAME_LENGTH = 512
+"""Characters, in MoonMind's database."""
+
+AT_ONCE = 4
+"""Files on their way at the same time: small ones mostly wait for an answer."""
+
+PATIENCE_SECONDS = 180.0
+"""For a server that is away, from the first call that failed: three times what a
+restart takes. Then the file is given up, and so are those after it, quickly."""
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """A file to store, and under which name."""
+
+    path: Path
+    name: str
+
+    @property
+    def content_type(self) -> str:
+        """What browsers are told that it is."""
+        if self.path.suffix == ".log":
+            return "text/plain"
+        return mimetypes.guess_type(self.path.name)[0] or "application/octet-stream"
+
+
+@dataclass(slots=True)
+class Uploaded:
+    """What became of a job's files, where it is not just that they are there.
+
+    Attributes
+    ----------
+    parts
+        By name, how many parts a file was stored in.
+    missing
+        By name, why a file was not stored.
+    """
+
+    parts: dict[str, int] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+def job_files(artifacts: Path, subdir: str) -> list[Upload]:
+    """List what a job has to store, the logs first; blocking.
+
+    Parameters
+    ----------
+    artifacts
+        The job's directory of artifacts.
+    subdir
+        Below it, where all is stored. Of the rest the logs, and the stages' own files.
+    """
+    first = [*sorted((artifacts / "logs").glob("*.log")), *sorted(artifacts.glob("*.json"))]
+    files = [path for path in first if path.is_file() and not path.is_symlink()]
+    files += _walk(artifacts / subdir)
+    listed = dict.fromkeys(files)
+    return [Upload(path, os.fsdecode(path.relative_to(artifacts))) for path in listed]
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    for folder, folders, names in os.walk(root):
+        folders.sort()
+        for name in sorted(names):
+            path = Path(folder, name)
+            # Links stay here: what they lead to is stored under its own name.
+            if path.is_file() and not path.is_symlink():
+                yield path
+
+
+class Uploader:
+    """Stores the files of one job."""
+
+    def __init__(self, queue: QueueClient, job_id: str, masker: Masker) -> None:
+        self._queue = queue
+        self._job_id = job_id
+        self._masker = masker
+        self._uploaded = Uploaded()
+        # When the server is no longer waited for, by anyio's clock; while it answers, never.
+        self._patience = float("inf")
+
+    async def upload(self, files: list[Upload]) -> Uploaded:
+        """Store all of them, some at a time."""
+        limiter = anyio.CapacityLimiter(AT_ONCE)
+
+        async def one(file: Upload) -> None:
+            async with limiter:
+                await self._upload(file)
+
+        async with task_group() as tasks:
+            for file in files:
+                tasks.start_soon(one, file)
+        return self._uploaded
+
+    async def _upload(self, file: Upload) -> None:
+        # Commands put secrets into names too; and a name may be no UTF-8.
+        name = self._masker.mask(file.name).encode("utf-8", "replace").decode()
+        try:
+            size = file.path.stat().st_size
+            if not size:
+                self._uploaded.missing[name] = "is empty, and the server stores no empty files"
+            elif len(name) > MAX_NAME_LENGTH - len(".part-0000"):
+                self._uploaded.missing[name] = "its name is too long for the server"
+            else:
+                await self._send(file, name, size)
+        except (QueueError, OSError) as error:
+            self._uploaded.missing[name] = str(error)
+
+    async def _send(self, file: Upload, name: str, size: int) -> None:
+        part = PART_BYTES
+        while True:
+            try:
+                await self._send_parts(file, name, size, part)
+            except QueueError as error:
+                part = min(part, size) // 2
+                if not error.is_too_large or part < LEAST_PART_BYTES:
+                    raise
+            else:
+                return
+
+    async def _send_parts(self, file: Upload, name: str, size: int, part: int) -> None:
+        count = -(-size // part)
+        for number in range(count):
+            content = await anyio.to_thread.run_sync(_read, file.path, number * part, part)
+            part_name = f"{name}.part-{number + 1:04}" if count > 1 else name
+            digest = hashlib.sha256(content).hexdigest()
+            await self._patiently(
+                content,
+                {
+                    "name": part_name,
+                    "contentType": file.content_type if count == 1 else "application/octet-stream",
+                    "digest": f"sha256:{digest}",
+                },
+            )
+        if count > 1:
+            self._uploaded.parts[name] = count
+
+    async def _patiently(self, content: bytes, fields: dict[str, str]) -> None:
+        attempt = 0
+        while True:
+            attempt += 1
+            try:
+                await self._queue.upload(self._job_id, content, fields)
+            except QueueError as error:
+                now = anyio.current_time()
+                self._patience = min(self._patience, now + PATIENCE_SECONDS)
+                if not error.may_pass or now >= self._patience:
+                    raise
+                await anyio.sleep(pause_after(attempt))
+            else:
+                self._patience = float("inf")
+                return
+
+
+def _read(path: Path, offset: int, count: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(count)

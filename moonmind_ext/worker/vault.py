@@ -1,0 +1,75 @@
+"""Secrets that payloads refer to, from a Vault with a KV version 2 store."""
+
+from dataclasses import dataclass, field
+
+import anyio
+import httpx
+
+from moonmind_ext.worker.settings import VaultSettings
+from pipelines.payload import parse_secret_reference
+
+
+class VaultError(Exception):
+    """A secret that cannot be had; the message holds the reference, never a value.
+
+    Attributes
+    ----------
+    may_pass
+        Whether it may be had later: Vault did not answer.
+    """
+
+    def __init__(self, message: str, *, may_pass: bool = False) -> None:
+        super().__init__(message)
+        self.may_pass = may_pass
+
+
+@dataclass(frozen=True, slots=True)
+class Secret:
+    """A secret's value, and what stands beside it in Vault: its user and its host."""
+
+    value: str = field(repr=False)
+    username: str = "x-access-token"
+    host: str = "github.com"
+
+
+async def read_secret(settings: VaultSettings | None, reference: str) -> Secret:
+    """Resolve a `vault://mount/path#field` reference.
+
+    Raises
+    ------
+    VaultError
+        When it cannot be, or its mount is not one of the settings'.
+    """
+    if settings is None:
+        raise VaultError(f"{reference}: this worker has no Vault; set MOONMIND_VAULT_ADDR")
+    location, _, name = parse_secret_reference(reference).location.partition("#")
+    mount, _, path = location.partition("/")
+    if mount not in settings.mounts:
+        allowed = ", ".join(settings.mounts)
+        raise VaultError(f"{reference}: MOONMIND_VAULT_ALLOWED_MOUNTS allows only {allowed}")
+    headers = {"X-Vault-Token": settings.token}
+    if settings.namespace:
+        headers["X-Vault-Namespace"] = settings.namespace
+    url = f"{settings.address}/v1/{mount}/data/{path}"
+    try:
+        with anyio.fail_after(settings.seconds):
+            async with httpx.AsyncClient(timeout=settings.seconds) as http:
+                answer = await http.get(url, headers=headers)
+    except (httpx.HTTPError, TimeoutError) as error:
+        why = str(error) or f"no answer within {settings.seconds:g}s"
+        raise VaultError(f"{reference}: Vault: {why}", may_pass=True) from error
+    if not answer.is_success:
+        raise VaultError(
+            f"{reference}: Vault: {answer.status_code} {answer.reason_phrase}",
+            may_pass=answer.is_server_error,
+        )
+    try:
+        data = answer.json()["data"]["data"]
+        value = data[name]
+        return Secret(
+            value=str(value),
+            username=data.get("username") or "x-access-token",
+            host=data.get("host") or "github.com",
+        )
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise VaultError(f"{reference}: Vault has no such field") from None
