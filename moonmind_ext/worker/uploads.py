@@ -120,8 +120,9 @@ class Uploader:
         try:
             size = file.path.stat().st_size
             if not size:
-                self._uploaded.missing[name] = "is empty, and the server stores no empty files"
-            elif len(name) > MAX_NAME_LENGTH - len(".part-0000"):
+                # The server stores no empty files; that there was one is in `run.json`.
+                return
+            if len(name) > MAX_NAME_LENGTH - len(".part-0000"):
                 self._uploaded.missing[name] = "its name is too long for the server"
             else:
                 await self._send(file, name, size)

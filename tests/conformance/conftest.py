@@ -5,7 +5,6 @@ it; the images it needs come from the public registries, or by the same names fr
 the registry in MOONMIND_TEST_REGISTRY (docs/testing.md).
 """
 
-import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,50 +13,12 @@ from uuid import uuid4
 import anyio
 import pytest
 
-from moonmind_ext.engine.choice import EngineChoice
 from moonmind_ext.engine.session import EngineSession
 from moonmind_ext.run.task import RunRequest, run_task
 from pipelines.payload import parse_any
 from pipelines.plan import plan_task
-from tests.conformance.support import (
-    EMBEDDED_IMAGES,
-    PUBLIC_IMAGES,
-    REGISTRY_IMAGES,
-    Engine,
-    Result,
-    Task,
-    Watcher,
-)
-from tests.engines import real_engine_problem
-
-
-@pytest.fixture(params=["embedded", "dagger"])
-def engine(
-    request: pytest.FixtureRequest,
-    tmp_path_factory: pytest.TempPathFactory,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Engine:
-    if request.param == "embedded":
-        from moonmind_ext.embedded import sandbox_problem
-
-        if problem := sandbox_problem():
-            pytest.skip(f"the embedded engine cannot run here: {problem}")
-        # Its cache volumes are kept there.
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        return Engine(EngineChoice.EMBEDDED, EMBEDDED_IMAGES)
-    if problem := real_engine_problem():
-        pytest.skip(problem)
-    registry = os.environ.get("MOONMIND_TEST_REGISTRY")
-    if registry:
-        images = {name: f"{registry}/{image}" for name, image in REGISTRY_IMAGES.items()}
-        return Engine(EngineChoice.DAGGER, images)
-    return Engine(EngineChoice.DAGGER, PUBLIC_IMAGES)
-
-
-@pytest.fixture
-def unique() -> str:
-    """A name that no earlier test run has used: real engines remember."""
-    return uuid4().hex[:12]
+from tests.conformance.support import Result, Task, Watcher
+from tests.engines import Engine
 
 
 @pytest.fixture

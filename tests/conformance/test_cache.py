@@ -1,5 +1,6 @@
 from pipelines.report import Outcome
-from tests.conformance.support import Engine, Result, Task, sh
+from tests.conformance.support import Result, Task, sh
+from tests.engines import Engine
 
 WITNESS = [{"name": "moonmind-witness", "target": "/witness"}]
 """A volume is the witness of what really ran: each start leaves a line in it."""

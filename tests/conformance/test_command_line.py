@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.conformance.support import Engine, sh
+from tests.conformance.support import sh
+from tests.engines import Engine
 
 CLI = (sys.executable, "-m", "moonmind_ext.cli")
 LIMIT_SECONDS = 120

@@ -10,7 +10,8 @@ import pytest
 from moonmind_ext import embedded
 from moonmind_ext.engine.choice import EngineChoice
 from pipelines.report import Outcome
-from tests.conformance.support import Engine, Result, Task, Watcher, sh
+from tests.conformance.support import Result, Task, Watcher, sh
+from tests.engines import Engine
 
 
 async def run_and_break(

@@ -5,7 +5,8 @@ import pytest
 
 from moonmind_ext.run.events import Phase
 from pipelines.report import Outcome
-from tests.conformance.support import Engine, Result, Task, Watcher, sh
+from tests.conformance.support import Result, Task, Watcher, sh
+from tests.engines import Engine
 
 
 @pytest.mark.parametrize("name", ["logs/runner.log", "metadata/run.json", "metadata/payload.json"])

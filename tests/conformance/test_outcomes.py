@@ -6,7 +6,8 @@ import pytest
 
 from moonmind_ext.workspace.send import WorkspaceError
 from pipelines.report import Outcome
-from tests.conformance.support import Engine, Task, Watcher, sh
+from tests.conformance.support import Task, Watcher, sh
+from tests.engines import Engine
 
 
 async def test_a_command_that_succeeds_brings_its_artifacts_back(task: Task) -> None:

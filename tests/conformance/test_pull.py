@@ -9,7 +9,8 @@ import httpx
 import pytest
 
 from moonmind_ext.engine.choice import EngineChoice
-from tests.conformance.support import Engine, Task, sh
+from tests.conformance.support import Task, sh
+from tests.engines import Engine
 
 MANIFESTS = (
     "application/vnd.oci.image.manifest.v1+json",

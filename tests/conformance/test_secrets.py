@@ -2,7 +2,8 @@ import base64
 
 import pytest
 
-from tests.conformance.support import Engine, Task, sh
+from tests.conformance.support import Task, sh
+from tests.engines import Engine
 
 SECRET = "s3cr3t-Value/42"
 

@@ -4,7 +4,8 @@ from pathlib import Path
 from moonmind_ext.workspace.send import send_workspace
 from pipelines.payload import WorkspaceFilter
 from pipelines.report import WrittenBack
-from tests.conformance.support import Engine, Result, Task, sh
+from tests.conformance.support import Result, Task, sh
+from tests.engines import Engine
 
 
 def written_back(result: Result) -> WrittenBack:

@@ -1,0 +1,44 @@
+"""What tests of several packages need."""
+
+import os
+from uuid import uuid4
+
+import pytest
+
+from moonmind_ext.engine.choice import EngineChoice
+from tests.engines import (
+    EMBEDDED_IMAGES,
+    PUBLIC_IMAGES,
+    REGISTRY_IMAGES,
+    Engine,
+    real_engine_problem,
+)
+
+
+@pytest.fixture(params=["embedded", "dagger"])
+def engine(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Engine:
+    if request.param == "embedded":
+        from moonmind_ext.embedded import sandbox_problem
+
+        if problem := sandbox_problem():
+            pytest.skip(f"the embedded engine cannot run here: {problem}")
+        # Its cache volumes are kept there.
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        return Engine(EngineChoice.EMBEDDED, EMBEDDED_IMAGES)
+    if problem := real_engine_problem():
+        pytest.skip(problem)
+    registry = os.environ.get("MOONMIND_TEST_REGISTRY")
+    if registry:
+        images = {name: f"{registry}/{image}" for name, image in REGISTRY_IMAGES.items()}
+        return Engine(EngineChoice.DAGGER, images)
+    return Engine(EngineChoice.DAGGER, PUBLIC_IMAGES)
+
+
+@pytest.fixture
+def unique() -> str:
+    """A name that no earlier test run has used: real engines remember."""
+    return uuid4().hex[:12]
