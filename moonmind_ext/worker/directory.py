@@ -68,7 +68,8 @@ def sweep(workdir: Path) -> None:
 @contextmanager
 def _locked(path: Path) -> Iterator[bool]:
     """Hold the lock of a directory, made if it is not there; False when somebody has it."""
-    path.mkdir(parents=True, exist_ok=True)
+    # A checkout and what a task leaves are nobody else's business.
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
     lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         try:
