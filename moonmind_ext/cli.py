@@ -17,8 +17,13 @@ from uuid import uuid4
 import typer
 
 from moonmind_ext.engine.choice import EngineChoice
-from moonmind_ext.exits import EXIT_ENGINE, EXIT_INTERRUPTED, EXIT_NO_INPUT, EXIT_USAGE
-from moonmind_ext.exits import ExitError as _ExitError
+from moonmind_ext.exits import (
+    EXIT_ENGINE,
+    EXIT_INTERRUPTED,
+    EXIT_NO_INPUT,
+    EXIT_USAGE,
+    ExitError,
+)
 from moonmind_ext.queue import commands as queue_commands
 from moonmind_ext.run.output import OutputError, clear_output
 from moonmind_ext.run.secrets import SecretError, read_env_file, resolve_secrets
@@ -124,7 +129,7 @@ def main() -> None:
     """Run the command line; the entry point of `moonmind-ext`."""
     try:
         app()
-    except _ExitError as end:
+    except ExitError as end:
         _say(str(end))
         sys.exit(end.code)
     except KeyboardInterrupt:
@@ -163,9 +168,9 @@ def run(
     parsed = _read_payload(payload)
     made = _plan(parsed, job_id or str(uuid4()), _defaults(workdir, timeout_seconds))
     if not workspace.is_dir():
-        raise _ExitError(EXIT_NO_INPUT, f"workspace {workspace}: is not a directory")
+        raise ExitError(EXIT_NO_INPUT, f"workspace {workspace}: is not a directory")
     if output.resolve() == workspace.resolve():
-        raise _ExitError(EXIT_USAGE, f"output {output}: must not be the workspace itself")
+        raise ExitError(EXIT_USAGE, f"output {output}: must not be the workspace itself")
     _warn_of_payload(parsed)
     job = _Job(
         payload=parsed,
@@ -248,7 +253,7 @@ def demo(
     )
     try:
         code = _run_job(job, engine, engine_open_seconds, as_json=False)
-    except _ExitError as error:
+    except ExitError as error:
         # The one place where the embedded engine is taken without being asked for.
         if error.code != EXIT_ENGINE or engine is not EngineChoice.AUTO:
             raise
@@ -287,12 +292,12 @@ def reproduce(
     try:
         words = reproduce_command(run_dir, module=module, open_shell=shell)
     except NoRunError as error:
-        raise _ExitError(EXIT_USAGE, str(error)) from None
+        raise ExitError(EXIT_USAGE, str(error)) from None
     if not (run_it or shell):
         print(shlex.join(words))
         return
     if shutil.which(words[0]) is None:
-        raise _ExitError(EXIT_ENGINE, "there is no `dagger` on PATH to run it with")
+        raise ExitError(EXIT_ENGINE, "there is no `dagger` on PATH to run it with")
     os.execvp(words[0], words)  # noqa: S606, no shell is what is wanted
 
 
@@ -330,17 +335,17 @@ def _run_job(job: _Job, engine: EngineChoice, open_seconds: float, *, as_json: b
         clear_output(job.output, job.plan.artifacts_subdir)
         report = anyio.run(_run_on_engine, job, engine, open_seconds, observer, console)
     except OutputError as error:
-        raise _ExitError(EXIT_USAGE, str(error)) from None
+        raise ExitError(EXIT_USAGE, str(error)) from None
     except NoEngineError as error:
-        raise _ExitError(EXIT_ENGINE, str(error)) from None
+        raise ExitError(EXIT_ENGINE, str(error)) from None
     except WorkspaceError as error:
-        raise _ExitError(
+        raise ExitError(
             EXIT_NO_INPUT,
             f"workspace: {error}. Name another --workspace, or leave it out with "
             "task.container.workspace.exclude",
         ) from None
     if report is None:
-        raise _ExitError(EXIT_INTERRUPTED, "interrupted")
+        raise ExitError(EXIT_INTERRUPTED, "interrupted")
     observer.report(report)
     for line in closing_table(report, job.output, job.plan.artifacts_subdir):
         console.print(line, highlight=False)
@@ -410,24 +415,24 @@ def _read_payload(argument: str) -> TaskPayload:
     try:
         data = sys.stdin.buffer.read() if argument == "-" else Path(argument).read_bytes()
     except OSError as error:
-        raise _ExitError(EXIT_USAGE, f"payload {argument}: {error.strerror}") from None
+        raise ExitError(EXIT_USAGE, f"payload {argument}: {error.strerror}") from None
     try:
         return parse_any(loads(data))
     except TaskContractError as error:
         problems = "\n".join(f"  - {problem.message}" for problem in error.problems)
-        raise _ExitError(EXIT_USAGE, f"the payload is not valid:\n{problems}") from None
+        raise ExitError(EXIT_USAGE, f"the payload is not valid:\n{problems}") from None
 
 
 def _plan(payload: TaskPayload, job_id: str, defaults: Defaults) -> Plan:
     try:
         return plan_task(payload, job_id=job_id, defaults=defaults)
     except ValueError as error:
-        raise _ExitError(EXIT_USAGE, str(error)) from None
+        raise ExitError(EXIT_USAGE, str(error)) from None
 
 
 def _defaults(workdir: str, timeout_seconds: int | None) -> Defaults:
     if not workdir.startswith("/"):
-        raise _ExitError(EXIT_USAGE, f"workdir {workdir}: must be an absolute path")
+        raise ExitError(EXIT_USAGE, f"workdir {workdir}: must be an absolute path")
     return Defaults(
         workdir=workdir,
         timeout_seconds=timeout_seconds or DEFAULT_TIMEOUT_SECONDS,
@@ -441,7 +446,7 @@ def _secrets(plan: Plan, env_file: Path | None) -> dict[str, str]:
         return resolve_secrets(plan.secret_env, environment=os.environ, given=given)
     except SecretError as error:
         problems = "\n".join(f"  - {line}" for line in str(error).splitlines())
-        raise _ExitError(EXIT_USAGE, f"secrets are missing:\n{problems}") from None
+        raise ExitError(EXIT_USAGE, f"secrets are missing:\n{problems}") from None
 
 
 def _describe(plan: Plan) -> Iterator[tuple[str, list[str]]]:
@@ -466,7 +471,7 @@ def _example_folder() -> Path:
     for folder in (here / "examples", here.parent / "examples"):
         if (folder / "python" / "payload.json").is_file():
             return folder / "python"
-    raise _ExitError(EXIT_NO_INPUT, "the examples are not installed; run the demo from a checkout")
+    raise ExitError(EXIT_NO_INPUT, "the examples are not installed; run the demo from a checkout")
 
 
 def _console(*, stderr: bool) -> "Console":

@@ -226,7 +226,7 @@ class Store:
                 self._end(job, Status.CANCELLED)
             elif not retryable:
                 self._end(job, Status.FAILED)
-            elif job["attempt"] > job["maxAttempts"]:
+            elif job["attempt"] >= job["maxAttempts"]:
                 self._end(job, Status.DEAD_LETTER)
             else:
                 self._queue_again(job, self._retry_delay(job["attempt"]))
