@@ -2,13 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test soak lint clean
 
 demo: .venv/installed
 	$(BIN)/moonmind-ext demo --output demo-output
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+# Long and rough: JOBS, SEED (the last one's is in its output) and ENGINE (embedded, dagger).
+soak: .venv/installed
+	$(BIN)/python -m tests.worker.soak --jobs $(or $(JOBS),500) --engine $(or $(ENGINE),embedded) $(if $(SEED),--seed $(SEED))
 
 lint: .venv/installed
 	$(BIN)/ruff check

@@ -4,8 +4,8 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import anyio
 import uvicorn
-from anyio.abc import TaskStatus
 
 from pipelines.concurrency import task_group
 
@@ -46,22 +46,35 @@ async def serve(app: object, *, host: str = "127.0.0.1", port: int = 0) -> Async
     server = _Server(config)
     with listener:
         async with task_group() as tasks:
-            await tasks.start(server.run_until_told, listener)
+            # Not `start`: cancelled, that would wait for the server before it is told to stop.
+            tasks.start_soon(server.run_until_told, listener)
             try:
+                await server.up.wait()
                 yield listener.getsockname()[1]
             finally:
                 server.should_exit = True
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers: signals are the command line's."""
+    """uvicorn without its signal handlers: signals are the command line's.
 
-    async def run_until_told(
-        self, listener: socket.socket, *, task_status: TaskStatus[None]
-    ) -> None:
-        self._started_by = task_status
-        await self._serve(sockets=[listener])
+    Attributes
+    ----------
+    up
+        Set when it takes connections.
+    """
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.up = anyio.Event()
+
+    async def run_until_told(self, listener: socket.socket) -> None:
+        """Serve until `should_exit` is true, also when this is cancelled."""
+        # Cancelled, it would leave the listener's number with the event loop, and the
+        # next listener to get that number would never hear of a connection.
+        with anyio.CancelScope(shield=True):
+            await self._serve(sockets=[listener])
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
-        self._started_by.started()
+        self.up.set()

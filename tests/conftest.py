@@ -1,18 +1,11 @@
 """What tests of several packages need."""
 
-import os
 from uuid import uuid4
 
 import pytest
 
 from moonmind_ext.engine.choice import EngineChoice
-from tests.engines import (
-    EMBEDDED_IMAGES,
-    PUBLIC_IMAGES,
-    REGISTRY_IMAGES,
-    Engine,
-    real_engine_problem,
-)
+from tests.engines import EMBEDDED_IMAGES, Engine, real_engine, real_engine_problem
 
 
 @pytest.fixture(params=["embedded", "dagger"])
@@ -31,11 +24,7 @@ def engine(
         return Engine(EngineChoice.EMBEDDED, EMBEDDED_IMAGES)
     if problem := real_engine_problem():
         pytest.skip(problem)
-    registry = os.environ.get("MOONMIND_TEST_REGISTRY")
-    if registry:
-        images = {name: f"{registry}/{image}" for name, image in REGISTRY_IMAGES.items()}
-        return Engine(EngineChoice.DAGGER, images)
-    return Engine(EngineChoice.DAGGER, PUBLIC_IMAGES)
+    return real_engine()
 
 
 @pytest.fixture

@@ -65,3 +65,12 @@ async def _answers() -> str | None:
 def real_engine_problem() -> str | None:
     """Say why `moonmind-ext run` would find no real engine; asked once."""
     return anyio.run(_answers)
+
+
+def real_engine() -> Engine:
+    """Give the one that `moonmind-ext run` would find."""
+    registry = os.environ.get("MOONMIND_TEST_REGISTRY")
+    if registry:
+        images = {name: f"{registry}/{image}" for name, image in REGISTRY_IMAGES.items()}
+        return Engine(EngineChoice.DAGGER, images)
+    return Engine(EngineChoice.DAGGER, PUBLIC_IMAGES)

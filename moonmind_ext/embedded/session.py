@@ -2,8 +2,8 @@
 
 import fcntl
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -23,6 +23,9 @@ from moonmind_ext.embedded.store import Known, Store, remove
 
 FILE_THREADS = 8
 """That work on files at once; more would only wait for the same disk."""
+
+_LOCK = "lock"
+"""In a session's directory: locked while its process lives."""
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -129,30 +132,53 @@ async def open_session(
                 tasks.cancel_scope.cancel()
     finally:
         with lock, anyio.CancelScope(shield=True):
-            await anyio.to_thread.run_sync(remove, str(folder))
+            await anyio.to_thread.run_sync(_remove_directory, state_dir, folder)
 
 
 def _claim_directory(state_dir: Path) -> tuple[Path, IO[str]]:
     """Make a directory that is locked as long as its session lives; clear away dead ones."""
     sessions = state_dir / "sessions"
     sessions.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with (state_dir / "lock").open("w") as all_sessions:
-        # Held for as long as clearing away takes: seconds, and only after a crash.
-        fcntl.flock(all_sessions, fcntl.LOCK_EX)
+    # Held for as long as clearing away takes: seconds, and only after a crash.
+    with _all_sessions(state_dir):
         for folder in sessions.iterdir():
             if not _is_alive(folder):
                 remove(str(folder))
         folder = sessions / secrets.token_hex(4)
         folder.mkdir(mode=0o700)
-        lock = (folder / "lock").open("w")
+        lock = (folder / _LOCK).open("w")
         fcntl.flock(lock, fcntl.LOCK_EX)
     return folder, lock
+
+
+def _remove_directory(state_dir: Path, folder: Path) -> None:
+    """Remove a session's directory, its lock last: without one it would be a dead one's.
+
+    Then somebody who opens a session meanwhile would clear it away too.
+    """
+    for path in folder.iterdir():
+        if path.name == _LOCK:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            remove(str(path))
+        else:
+            path.unlink()
+    with _all_sessions(state_dir):
+        remove(str(folder))
+
+
+@contextmanager
+def _all_sessions(state_dir: Path) -> Iterator[None]:
+    """Keep everybody else from opening a session, or closing one."""
+    with (state_dir / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _is_alive(folder: Path) -> bool:
     """Whether a process holds the lock of a session's directory."""
     try:
-        with (folder / "lock").open("r") as lock:
+        with (folder / _LOCK).open("r") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

@@ -85,7 +85,9 @@ class Admission:
         try:
             while self._queue[0] is not turn or not self._fits(cpus, memory):
                 await turn.wait()
-                turn = self._queue[self._queue.index(turn)] = anyio.Event()
+                # Woken, but it may not fit yet: the next time needs an event of its own.
+                place, turn = self._queue.index(turn), anyio.Event()
+                self._queue[place] = turn
         finally:
             self._queue.remove(turn)
             self._wake()

@@ -1,5 +1,6 @@
 """The checkout that a job works on: cloned, and on the right branch."""
 
+import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -62,7 +63,9 @@ def choose_branches(git: Git, *, default: str, job_id: str, skill: str) -> Branc
         return Branches(default, starting, git.new_branch, is_own=False)
     if starting != default:
         return Branches(default, starting, None, is_own=False)
-    tail = job_id.replace("-", "")[:8] + ("" if skill == "auto" else f"-{skill}")
+    # A skill has any name, a branch has not.
+    name = "" if skill == "auto" else re.sub(r"[^A-Za-z0-9_]+", "-", skill).strip("-")
+    tail = "-".join(filter(None, [job_id.replace("-", "")[:8], name]))
     new = f"task/{datetime.now(UTC):%Y%m%d}/{tail}"
     return Branches(default, starting, new, is_own=True)
 

@@ -9,7 +9,7 @@ from moonmind_ext.worker.queue import Job, QueueClient, QueueError
 
 MAX_BEAT_SECONDS = 5.0
 """As MoonMind's own worker where cancellation exists: a request for it is seen by
-then. A third of the lease, if that is shorter, leaves room for two lost beats."""
+then. A third of the lease, if that is shorter, leaves room for one lost beat."""
 
 END_SECONDS = 300.0
 """For the last call of a job whose heartbeats do get through. Then the server has a
@@ -76,6 +76,10 @@ class Claim:
                 return False
             log.warning("missed a heartbeat", error=str(error))
             return True
+        if job.attempt != self.job.attempt:
+            # Given away and claimed again, by another worker of the same name or by this one.
+            log.warning("the job is not ours any more", attempt=job.attempt)
+            return False
         self._extended = sent
         if job.cancel_requested_at is not None:
             self.cancelled.set()

@@ -4,8 +4,10 @@ The lock is the kernel's, so it is gone with the process that holds it: a direct
 whose lock is free was left by a worker that was killed.
 """
 
+import errno
 import fcntl
 import os
+import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -39,7 +41,12 @@ async def job_directory(workdir: Path, job_id: str) -> AsyncIterator[Path]:
     OSError
         When it cannot be made.
     """
+    # All that is in it is removed: so it must be one of the jobs' own.
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}", job_id):
+        raise OSError(errno.EINVAL, f"job id {job_id!r}: cannot name a directory")
     path = workdir / job_id
+    if path.is_symlink():
+        raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
     with _locked(path) as is_ours:
         if not is_ours:
             raise DirectoryBusyError(f"{path} is in use by another worker")
@@ -54,9 +61,9 @@ async def job_directory(workdir: Path, job_id: str) -> AsyncIterator[Path]:
 def sweep(workdir: Path) -> None:
     """Remove the directories that workers which were killed have left; blocking."""
     for path in sorted(workdir.iterdir()):
-        if path.is_symlink() or not (path / LOCK).is_file():
-            continue
         try:
+            if path.is_symlink() or not (path / LOCK).is_file():
+                continue
             with _locked(path) as is_ours:
                 if is_ours:
                     _remove(path)

@@ -64,11 +64,20 @@ def cancelled() -> Ending:
     return Ending(Call.ACKNOWLEDGE, "cancelled", "stopped as requested")
 
 
-def given_back(job: Job, why: str) -> Ending:
-    """Give a job back, which costs one of its attempts: the last one fails for good."""
+def given_back(job: Job, why: str, *, may_repeat: bool = True) -> Ending:
+    """Give a job back, which costs one of its attempts: the last one fails for good.
+
+    Parameters
+    ----------
+    may_repeat
+        False for a command that has begun, and by its payload must not begin again.
+    """
     count = f"attempt {job.attempt} of {job.max_attempts}"
-    if job.is_last_attempt:
+    if not may_repeat:
+        message = f"{why}. The payload says retryable: false, so the job fails for good"
+    elif job.is_last_attempt:
         message = f"{why}. This was {count}, the last, so the job fails for good"
     else:
         message = f"{why}. The job goes back to the queue; this used up {count}"
-    return Ending(Call.FAIL, "given-back", message, retryable=not job.is_last_attempt)
+    retryable = may_repeat and not job.is_last_attempt
+    return Ending(Call.FAIL, "given-back", message, retryable)

@@ -78,7 +78,7 @@ class EngineKeeper:
         Parameters
         ----------
         patient
-            Whether to wait for an engine that is not there.
+            Whether to wait for an engine that is not there at the beginning.
 
         Raises
         ------
@@ -88,6 +88,8 @@ class EngineKeeper:
         async with task_group() as tasks:
             while True:
                 lent = await self._open(tasks, patient)
+                # Later there are jobs under way, which have to report what became of them.
+                patient = True
                 with anyio.move_on_after(MAX_AGE_SECONDS):
                     await lent.retired.wait()
                 self._retire(lent, "renewed")
@@ -97,7 +99,8 @@ class EngineKeeper:
         while True:
             try:
                 lent: _Lent = await tasks.start(self._hold)
-            except NoEngineError as error:
+            # OSError: the disk of the embedded engine is full.
+            except (NoEngineError, OSError) as error:
                 if not patient:
                     raise
                 self.problem = str(error)

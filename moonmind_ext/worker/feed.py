@@ -2,13 +2,14 @@
 
 from collections import deque
 from dataclasses import replace
+from typing import Protocol
 
 import anyio
 import structlog
 
 from moonmind_ext.run.events import LOG, Event
 from moonmind_ext.worker.claim import pause_after
-from moonmind_ext.worker.queue import QueueClient, QueueError
+from moonmind_ext.worker.queue import QueueError
 
 BATCH_SECONDS = 1.0
 """From one event with output to the next."""
@@ -21,16 +22,27 @@ FLUSH_SECONDS = 10.0
 """For events that are still waiting when their job is about to end. They tell how it
 ran; that it ended must not wait for them any longer."""
 
+EVENT_SECONDS = 120.0
+"""For one event, while the server does not take it: twice what a restart of it may
+last. One that it will never take must not hold up those behind it."""
+
 MAX_WAITING = 1000
 """Events without output, while the server is away. A job has about twenty."""
 
 log = structlog.get_logger()
 
 
+class Recipient(Protocol):
+    """Who is sent a job's events: the queue, or somebody who knows it."""
+
+    async def event(self, job_id: str, event: Event) -> None:
+        """Add an event to a job; a `QueueError` when it did not arrive."""
+
+
 class Feed:
     """Takes events at any time, and sends them while `run` runs."""
 
-    def __init__(self, queue: QueueClient, job_id: str) -> None:
+    def __init__(self, queue: Recipient, job_id: str) -> None:
         self._queue = queue
         self._job_id = job_id
         # A mark among the events is set when all before it are sent.
@@ -87,14 +99,15 @@ class Feed:
             first.set()
 
     async def _send(self, event: Event) -> None:
-        attempt = 0
+        attempt, gives_up = 0, anyio.current_time() + EVENT_SECONDS
         while True:
             attempt += 1
             try:
                 await self._queue.event(self._job_id, event)
             except QueueError as error:
                 # Of output the newest is soon there; it is not worth holding others up.
-                if not error.may_pass or event.message == LOG:
+                late = anyio.current_time() > gives_up
+                if late or not error.may_pass or event.message == LOG:
                     log.warning("an event was lost", event_message=event.message, error=str(error))
                     return
                 await anyio.sleep(pause_after(attempt))

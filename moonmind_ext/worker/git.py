@@ -16,6 +16,9 @@ LOCAL_SECONDS = 120.0
 
 _STALLED_SECONDS = 60
 
+_ENTERPRISE_TOKENS = ("GH_ENTERPRISE_TOKEN", "GITHUB_ENTERPRISE_TOKEN")
+"""What gh reads for other hosts than GitHub's own."""
+
 _SETTINGS = {
     # What a task has changed must not run outside of its container: not a hook, not a
     # file system monitor. Nor may git leave a process behind.
@@ -67,10 +70,13 @@ def clone_url(repository: str) -> str:
     """
     if re.fullmatch(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+", repository) and repository[0] not in ".-":
         return f"https://github.com/{repository.removesuffix('.git')}.git"
-    if re.fullmatch(r"https?://[^@\s/]+/\S+|git@[^-\s:][^\s:]*:[^-\s]\S*", repository):
+    # With a slash before its colon, git would take the last form for a path on this host.
+    known = r"https?://[^@\s/?#\\]+/\S+|git@[^-\s:/][^\s:/]*:[^-\s]\S*"
+    if re.fullmatch(known, repository) and repository.isprintable():
         return repository
+    shown = re.sub("//[^/]*@", "//***@", repository)
     raise ValueError(
-        f"repository {repository!r}: must be owner/name, an http(s) address without credentials, "
+        f"repository {shown!r}: must be owner/name, an http(s) address without credentials, "
         "or git@host:path"
     )
 
@@ -88,18 +94,26 @@ def git_environment(
     environment
         The worker's own; its credentials are left out.
     """
-    result = {name: value for name, value in environment.items() if name not in WORKER_SECRETS}
+    left_out = {*WORKER_SECRETS, *_ENTERPRISE_TOKENS}
+    result = {name: value for name, value in environment.items() if name not in left_out}
     settings = dict(_SETTINGS)
     if credential is not None:
         settings[f"http.https://{credential.host}/.extraHeader"] = (
             f"Authorization: {credential.header}"
         )
-        result |= {"GH_TOKEN": credential.token, "GH_HOST": credential.host}
+        # git would take the header along to whatever host it is sent to. A repository that
+        # was renamed has to be named anew.
+        settings["http.followRedirects"] = "false"
+        is_githubs = re.fullmatch(r"github\.com|.+\.ghe\.com", credential.host)
+        name = "GH_TOKEN" if is_githubs else _ENTERPRISE_TOKENS[0]
+        result |= {name: credential.token, "GH_HOST": credential.host}
     count = result.get("GIT_CONFIG_COUNT", "0")
     start = int(count) if count.isdecimal() else 0
     for index, (name, value) in enumerate(settings.items(), start):
         result |= {f"GIT_CONFIG_KEY_{index}": name, f"GIT_CONFIG_VALUE_{index}": value}
     result["GIT_CONFIG_COUNT"] = str(start + len(settings))
+    # What went wrong is read from the messages, so they must be in English.
+    result["LC_ALL"] = "C"
     # A question for a password would wait for ever.
     result["GIT_TERMINAL_PROMPT"] = "0"
     result.setdefault("GIT_SSH_COMMAND", "ssh -oBatchMode=yes -oConnectTimeout=30")

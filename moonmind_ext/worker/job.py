@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -101,6 +101,8 @@ class JobLife:
         self._masker = Masker(self._hidden)
         # What every event of MoonMind's says of the job; known with its payload.
         self._about: dict[str, Any] = {"jobType": self._job.type}
+        # Whether another attempt may be made; with the command it depends on the payload.
+        self._may_repeat = True
 
     def stop(self, reason: str) -> None:
         """Stop what runs, bring back what there is, and give the job back.
@@ -151,16 +153,22 @@ class JobLife:
     async def _in_directory(self) -> tuple[Ending, bool]:
         """Do the job in a directory of its own, and report before that is removed."""
         settings = self._shop.settings
+        reported: tuple[Ending, bool] | None = None
         try:
             async with job_directory(settings.workdir, self._job.id) as directory:
                 ending = await self._attempt(directory)
                 await self._upload(directory)
-                return ending, await self._report(ending)
+                reported = ending, await self._report(ending)
         except DirectoryBusyError as error:
             ending = given_back(self._job, str(error))
         except OSError as error:
-            ending = failed("engine-failed", _os_error(error), retryable=True)
-        return ending, await self._report(ending)
+            if reported is not None:
+                # A second report would be one on the job's next attempt. The next start
+                # of a worker sweeps what is left.
+                log.warning("cannot remove the job's directory", error=_os_error(error))
+                return reported
+            ending = failed("engine-failed", _os_error(error), retryable=self._may_repeat)
+        return reported or (ending, await self._report(ending))
 
     async def _attempt(self, directory: Path) -> Ending:
         """Go through the stages; whatever goes wrong is an ending."""
@@ -170,11 +178,12 @@ class JobLife:
             return error.ending
         except OSError as error:
             # A full disk, mostly.
-            return failed("engine-failed", _os_error(error), retryable=True)
+            return failed("engine-failed", _os_error(error), retryable=self._may_repeat)
         except Exception as error:
             # A fault of this program. It must not take the other jobs with it.
             log.exception("the worker failed")
-            return failed("engine-failed", f"the worker failed: {error!r}", retryable=True)
+            message = f"the worker failed: {error!r}"
+            return failed("engine-failed", message, retryable=self._may_repeat)
 
     async def _stages(self, directory: Path) -> Ending:
         payload, plan = self._accept()
@@ -261,7 +270,8 @@ class JobLife:
             try:
                 secret = await read_secret(settings.vault, reference)
             except VaultError as error:
-                ending = failed("engine-failed", str(error), retryable=error.may_pass)
+                retryable = error.may_pass and self._may_repeat
+                ending = failed("engine-failed", str(error), retryable=retryable)
                 raise JobEndedError(ending) from error
             found = Credential(secret.value.strip(), secret.username, secret.host)
             source = f"vault:{reference}"
@@ -319,18 +329,27 @@ class JobLife:
         )
         observer = _Observer(self._emit, shop.metrics)
         try:
-            async with shop.admission.admitted(plan.resources):
+            async with AsyncExitStack() as held:
+                # For a stop neither the others' ends nor an engine is waited for.
+                room = shop.admission.admitted(plan.resources)
+                await unless(self._stop, held.enter_async_context(room))
                 self._go_on_unless_stopped()
-                async with shop.engines.session() as session:
-                    report = await run_task(session, request, observer, stop=self._stop)
-                    if report.outcome is Outcome.ENGINE_FAILED:
-                        await shop.engines.suspect(session)
+                engine = shop.engines.session()
+                session = await unless(self._stop, held.enter_async_context(engine))
+                self._go_on_unless_stopped()
+                assert session is not None
+                self._may_repeat = plan.retryable
+                report = await run_task(session, request, observer, stop=self._stop)
+                if report.outcome is Outcome.ENGINE_FAILED:
+                    await shop.engines.suspect(session)
         except NoEngineError as error:
             # The command has not begun, so it may whatever the payload says of that.
             raise JobEndedError(failed("engine-failed", str(error), retryable=True)) from error
         except (WorkspaceError, OutputError) as error:
             raise JobEndedError(failed("engine-failed", str(error), retryable=False)) from error
         if report.outcome is Outcome.CANCELLED:
+            # A command that has not begun may begin elsewhere, whatever the payload says.
+            self._may_repeat = self._may_repeat or report.timings.execute is None
             self._go_on_unless_stopped()
         if report.outcome is not Outcome.SUCCEEDED:
             raise JobEndedError(failed_run(report))
@@ -414,7 +433,8 @@ class JobLife:
         if self.claim.cancelled.is_set():
             raise JobEndedError(cancelled())
         if self._stop.is_set():
-            raise JobEndedError(given_back(self._job, self._stop_reason or "the worker stops"))
+            why = self._stop_reason or "the worker stops"
+            raise JobEndedError(given_back(self._job, why, may_repeat=self._may_repeat))
 
     @contextmanager
     def _stage(self, name: str, **more: Any) -> Iterator[dict[str, Any]]:

@@ -30,7 +30,13 @@ def image_refusal(image: str, allowed: tuple[str, ...]) -> str | None:
         registry and tag: both name the same image.
     """
     forms = {image, _with_tag(image), _with_registry(image), _with_tag(_with_registry(image))}
-    if any(fnmatchcase(form, pattern) for form in forms for pattern in allowed):
+    if _with_registry(image) == image:
+        # A pattern without one means an image of Docker's hub: `python:*` is not for
+        # `python:5000/tool`, where a registry just looks like that.
+        allowed_here = [each for each in allowed if "/" in each or each.startswith("*")]
+    else:
+        allowed_here = list(allowed)
+    if any(fnmatchcase(form, pattern) for form in forms for pattern in allowed_here):
         return None
     return (
         f"task.container.image: {image} is not allowed on this worker; allowed are "

@@ -17,6 +17,12 @@ from pipelines.concurrency import task_group
 OUTPUT_BYTES = 1 << 20
 """Kept of what a program prints. git and gh say little; a file list may be long."""
 
+LINGER_SECONDS = 1.0
+"""For output that a program's children still write when it has ended. A child that
+keeps the output open is a process left in the background, and ends with this."""
+
+_WRONG_TEXT = "a NUL character or half a surrogate pair"
+
 
 class CommandError(Exception):
     """A program that failed, was not there, or took too long.
@@ -68,22 +74,24 @@ class Runner:
         CommandError
             When it does not end well within its limit.
         """
-        self.log.line(f"$ {' '.join(command)}")
         try:
+            self.log.line(f"$ {' '.join(command)}")
             with anyio.fail_after(seconds):
                 code, out, err = await self._run(command)
         except TimeoutError:
             raise CommandError(f"{command[0]}: no end within {seconds:g}s") from None
         except OSError as error:
             raise CommandError(f"{command[0]}: {error.strerror}") from error
+        except ValueError as error:
+            # A NUL or half a surrogate pair, from a payload: no argument can hold it.
+            raise CommandError(f"{command[0]}: an argument has {_WRONG_TEXT}") from error
         for line in f"{out}\n{err}".splitlines():
             if line.strip():
                 self.log.line(f"  {line}")
         if code:
-            last = next((line for line in reversed(err.splitlines()) if line.strip()), "")
-            raise CommandError(
-                f"{' '.join(command[:2])} failed ({code}): {last.strip()}", out + err
-            )
+            lines = err.splitlines() if err.strip() else out.splitlines()
+            last = next((line for line in reversed(lines) if line.strip()), "")
+            raise CommandError(f"{_title(command)} failed ({code}): {last.strip()}", out + err)
         return out
 
     async def _run(self, command: Sequence[str]) -> tuple[int, str, str]:
@@ -103,11 +111,20 @@ class Runner:
                 tasks.start_soon(_read, process.stdout, out)
                 tasks.start_soon(_read, process.stderr, err)
                 code = await process.wait()
+                tasks.cancel_scope.deadline = anyio.current_time() + LINGER_SECONDS
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             await process.aclose()
         return code, out.decode("utf-8", "replace"), err.decode("utf-8", "replace")
+
+
+def _title(command: Sequence[str]) -> str:
+    """Name a command as people do: `git push`, not `git -C`."""
+    program, *words = command
+    while words[:1] in (["-C"], ["-c"]) and program == "git":
+        words = words[2:]
+    return " ".join([program, *words[:1]])
 
 
 async def _read(stream: ByteReceiveStream, into: bytearray) -> None:

@@ -22,7 +22,14 @@ ATTEMPTS = 3
 NOTHING_TO_DO = "no local changes"
 
 _AUTHOR = {"user.name": "MoonMind", "user.email": "moonmind@localhost"}
-_REFUSED = re.compile(r"rejected|denied|protected branch|not permitted|\b40[13]\b", re.IGNORECASE)
+# As git and gh say that a server has understood and will not. Not just any "denied": the
+# messages also hold addresses and names of branches.
+_REFUSED = re.compile(
+    r"\[(?:remote )?rejected\]|error: 40[134]\b|HTTP 40[134]\b|permission (?:to \S+ )?denied"
+    r"|could not read Username|Authentication failed|Repository not found"
+    r"|Resource not accessible|No commits between",
+    re.IGNORECASE,
+)
 
 
 class PublishError(Exception):
@@ -118,19 +125,15 @@ async def publish(runner: Runner, publishing: Publish, checkout: Checkout, gh: s
     branches = checkout.branches
     base = publishing.pr_base_branch or branches.starting
     try:
-        if not (await _git(runner, "status", "--porcelain")).strip():
+        # Whatever the worker's own git is set to, new files count.
+        status = await _git(runner, "status", "--porcelain", "--untracked-files=normal")
+        if not status.strip():
             return Published(publishing.mode, branches.working, base, skipped=True)
         message = publishing.commit_message or f"MoonMind task result for job {checkout.job_id}"
         await _git(runner, "add", "--all")
-        await _git(runner, *await _author(runner), "commit", "--quiet", "--message", message)
-        target = f"HEAD:refs/heads/{branches.working}"
-        # The branch of an earlier attempt of this job, and of nobody else.
-        force = ["--force"] if branches.is_own else []
-        await _patiently(
-            lambda: _git(
-                runner, "push", "--quiet", *force, checkout.url, target, seconds=CLONE_SECONDS
-            )
-        )
+        names = [*await _author(runner), "-c", f"committer.name={_committer(checkout)}"]
+        await _git(runner, *names, "commit", "--quiet", "--message", message)
+        await _push(runner, checkout)
         url = None
         if publishing.mode is PublishMode.PR:
             title = publishing.pr_title or f"MoonMind task result for job {checkout.job_id}"
@@ -142,6 +145,45 @@ async def publish(runner: Runner, publishing: Publish, checkout: Checkout, gh: s
         refused = _REFUSED.search(f"{error} {error.output}") is not None
         raise PublishError(f"publish failed: {error}", is_refused=refused) from error
     return Published(publishing.mode, branches.working, base, url=url)
+
+
+async def _push(runner: Runner, checkout: Checkout) -> None:
+    """Push over what an earlier attempt of the same job has pushed, and over nothing else."""
+    branches = checkout.branches
+
+    async def push(*force: str) -> str:
+        target = f"HEAD:refs/heads/{branches.working}"
+        arguments = ("push", "--quiet", *force, checkout.url, target)
+        return await _git(runner, *arguments, seconds=CLONE_SECONDS)
+
+    if branches.is_own:
+        await _patiently(lambda: push("--force"))
+        return
+    try:
+        await _patiently(push)
+    except CommandError:
+        earlier = await _earlier_attempt(runner, checkout)
+        if earlier is None:
+            raise
+        await push(f"--force-with-lease=refs/heads/{branches.working}:{earlier}")
+
+
+async def _earlier_attempt(runner: Runner, checkout: Checkout) -> str | None:
+    """Give the newest commit of the branch, if it is one of this job; its report was lost."""
+    branch = f"refs/heads/{checkout.branches.working}"
+    fetch = ("fetch", "--quiet", "--no-tags", checkout.url, branch)
+    try:
+        await _git(runner, *fetch, seconds=CLONE_SECONDS)
+        found = await _git(runner, "log", "-1", "--format=%H %cn", "FETCH_HEAD")
+    except CommandError:
+        return None
+    commit, _, committer = found.strip().partition(" ")
+    return commit if committer == _committer(checkout) else None
+
+
+def _committer(checkout: Checkout) -> str:
+    """Name the job in its commits: the author and the message are other people's."""
+    return f"MoonMind job {checkout.job_id}"
 
 
 async def _open_request(runner: Runner, gh: str, command: list[str]) -> str:

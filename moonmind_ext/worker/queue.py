@@ -3,11 +3,11 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import datetime
-from typing import Any
+from typing import Annotated, Any
 
 import anyio
 import httpx
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 from pydantic.alias_generators import to_camel
 
 from moonmind_ext.run.events import Event
@@ -35,23 +35,19 @@ class Job(BaseModel):
 
     model_config = ConfigDict(alias_generator=to_camel, frozen=True)
 
-    id: str
+    # It becomes part of paths, so it may not lead anywhere else.
+    id: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$")]
     type: str
     status: str = "running"
     payload: Any = None
     attempt: int = 1
     max_attempts: int = 1
-    claimed_by: str | None = None
     cancel_requested_at: datetime | None = None
 
     @property
     def is_last_attempt(self) -> bool:
         """Whether giving it back would end it."""
         return self.attempt >= self.max_attempts
-
-    def runs_for(self, worker_id: str) -> bool:
-        """Whether the server still has it as this worker's."""
-        return self.status == "running" and self.claimed_by == worker_id
 
 
 class QueueError(Exception):
@@ -178,12 +174,12 @@ class QueueClient:
             "POST",
             f"/{job_id}/artifacts/upload",
             seconds=UPLOAD_SECONDS,
-            data=_without_nul({**self._worker, **fields}),
+            data=without_nul({**self._worker, **fields}),
             files={"file": ("file", content, fields["contentType"])},
         )
 
     async def _post(self, call: str, path: str, body: dict[str, Any]) -> Any:
-        return await self._call(call, "POST", path, json=_without_nul(body))
+        return await self._call(call, "POST", path, json=without_nul(body))
 
     async def _call(
         self, call: str, method: str, path: str, *, seconds: float = REQUEST_SECONDS, **content: Any
@@ -193,7 +189,7 @@ class QueueClient:
             with anyio.fail_after(seconds):
                 answer = await self._http.request(method, f"/api/queue/jobs{path}", **content)
             if answer.is_success:
-                return answer.json()
+                return _json(answer)
             problem = _problem(answer)
         except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, ValueError) as error:
             problem = QueueError(str(error) or f"no answer within {seconds:g}s")
@@ -214,17 +210,27 @@ class QueueClient:
             ) from None
 
 
+def _json(answer: httpx.Response) -> Any:
+    """Read an answer; whatever is wrong with it is a ValueError."""
+    try:
+        return answer.json()
+    except RecursionError:
+        raise ValueError("the answer is nested too deep") from None
+    except ValueError as error:
+        raise ValueError(f"the answer is no JSON: {error}") from None
+
+
 def _problem(answer: httpx.Response) -> QueueError:
     """Say what a server's refusal says."""
     status = f"{answer.status_code} {answer.reason_phrase}"
     try:
-        detail = answer.json()["detail"]
+        detail = _json(answer)["detail"]
         return QueueError(f"{status}: {detail['code']}: {detail['message']}", answer.status_code)
     except (ValueError, LookupError, TypeError):
         return QueueError(f"{status}: {answer.text[:200]}", answer.status_code, plain=True)
 
 
-def _without_nul(value: Any) -> Any:
+def without_nul(value: Any) -> Any:
     """Give JSON data that the server's database takes: no NUL, no lone surrogate.
 
     With one, a `fail` would be refused and the job would be running for ever.
@@ -233,9 +239,9 @@ def _without_nul(value: Any) -> Any:
         case str():
             return value.replace("\0", "").encode("utf-8", "replace").decode()
         case list() | tuple():
-            return [_without_nul(item) for item in value]
+            return [without_nul(item) for item in value]
         case dict():
-            return {_without_nul(key): _without_nul(item) for key, item in value.items()}
+            return {without_nul(key): without_nul(item) for key, item in value.items()}
         case _:
             return value
 

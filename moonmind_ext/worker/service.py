@@ -25,6 +25,8 @@ from pipelines.concurrency import task_group
 MAX_POLL_SECONDS = 30.0
 """Between claims, while the queue does not answer."""
 
+SHUTTING_DOWN = "the worker is shutting down"
+
 log = structlog.get_logger()
 
 
@@ -126,6 +128,8 @@ class _Worker:
         self._slots = anyio.Semaphore(shop.settings.concurrency)
         self._lives: set[JobLife] = set()
         self._claims = self._jobs = self._failures = 0
+        # Set when the time to drain is over.
+        self._is_over = False
 
     async def run(self) -> End:
         end = End.DRAINED
@@ -143,8 +147,9 @@ class _Worker:
         await self._draining.wait()
         claiming.cancel()
         await anyio.sleep(self._shop.settings.drain_seconds)
+        self._is_over = True
         for life in self._lives:
-            life.stop("the worker is shutting down")
+            life.stop(SHUTTING_DOWN)
 
     async def _claim_jobs(self, jobs: TaskGroup) -> End:
         limits, settings = self._limits, self._shop.settings
@@ -197,6 +202,9 @@ class _Worker:
 
     async def _live(self, life: JobLife) -> None:
         self._lives.add(life)
+        if self._is_over:
+            # The claim was under way when the drain began, and its answer took long.
+            life.stop(SHUTTING_DOWN)
         try:
             await life.live()
         except Exception:

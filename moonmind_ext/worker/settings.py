@@ -1,5 +1,6 @@
 """What a worker is told before it starts. Pure; MoonMind's names where it has them."""
 
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -123,12 +124,50 @@ def check_url(url: str) -> str:
     SettingsError
         When it is no HTTP address, or holds a password.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in {"http", "https"} or not parts.hostname:
-        raise SettingsError("MOONMIND_URL: must be an address like https://moonmind.example")
-    if parts.username or parts.password:
-        raise SettingsError("MOONMIND_URL: must hold no credentials; give MOONMIND_WORKER_TOKEN")
+    return _address("MOONMIND_URL", url, "MOONMIND_WORKER_TOKEN")
+
+
+def _address(name: str, url: str, credential: str) -> str:
+    """Give an HTTP address without a slash at its end; refuse what httpx would choke on."""
+    example = f"{name}: must be an address like https://{name.split('_')[1].lower()}.example"
+    try:
+        parts = urlsplit(url)
+        right = parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0
+    except ValueError:
+        # Half an IPv6 address, or a port that is none. Its text would quote the rest.
+        raise SettingsError(example) from None
+    if parts.username is not None or parts.password is not None:
+        raise SettingsError(f"{name}: must hold no credentials; give {credential}")
+    if not right or parts.query or parts.fragment or not re.fullmatch(r"[!-~]+", url):
+        raise SettingsError(example)
     return url.rstrip("/")
+
+
+def check_token(name: str, text: str) -> str | None:
+    """Give a credential without the blanks around it; None where there is none.
+
+    Raises
+    ------
+    SettingsError
+        When no header can hold it. What httpx says then would quote it.
+    """
+    token = text.strip()
+    if not re.fullmatch(r"[!-~]*", token):
+        raise SettingsError(f"{name}: must be printable ASCII characters, no blanks")
+    return token or None
+
+
+def check_number(name: str, number: float) -> float:
+    """Give a number as it is.
+
+    Raises
+    ------
+    SettingsError
+        When it is infinite or none at all, which `float` takes.
+    """
+    if not math.isfinite(number):
+        raise SettingsError(f"{name}: must be a finite number")
+    return number
 
 
 def check_workdir(workdir: str) -> Path:
@@ -137,17 +176,17 @@ def check_workdir(workdir: str) -> Path:
     Raises
     ------
     SettingsError
-        When it is relative or cannot be written to.
+        When it is relative, holds `..` or cannot be written to.
     """
     path = Path(workdir or DEFAULT_WORKDIR)
-    if not path.is_absolute():
-        raise SettingsError(f"MOONMIND_WORKDIR: {workdir} must be an absolute path")
+    if not path.is_absolute() or ".." in path.parts:
+        raise SettingsError(f'MOONMIND_WORKDIR: {workdir} must be an absolute path without ".."')
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SettingsError(f"MOONMIND_WORKDIR: {error.filename}: {error.strerror}") from error
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise SettingsError(f"MOONMIND_WORKDIR: {workdir} cannot be written to")
+    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+        raise SettingsError(f"MOONMIND_WORKDIR: {workdir} cannot be read and written")
     return path
 
 
@@ -211,11 +250,10 @@ def read_vault(environment: Mapping[str, str]) -> VaultSettings | None:
     SettingsError
         When a setting is broken, or there is an address without a token.
     """
-    address = environment.get("MOONMIND_VAULT_ADDR", "").strip().rstrip("/")
+    address = environment.get("MOONMIND_VAULT_ADDR", "").strip()
     if not address:
         return None
-    if urlsplit(address).scheme not in {"http", "https"}:
-        raise SettingsError("MOONMIND_VAULT_ADDR: must be an address like https://vault.example")
+    address = _address("MOONMIND_VAULT_ADDR", address, "MOONMIND_VAULT_TOKEN")
     token = environment.get("MOONMIND_VAULT_TOKEN", "").strip()
     file = environment.get("MOONMIND_VAULT_TOKEN_FILE", "").strip()
     if not token and file:
@@ -223,6 +261,7 @@ def read_vault(environment: Mapping[str, str]) -> VaultSettings | None:
             token = Path(file).read_text("utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise SettingsError(f"MOONMIND_VAULT_TOKEN_FILE: {error}") from error
+    token = check_token("MOONMIND_VAULT_TOKEN", token) or ""
     if not token:
         raise SettingsError(
             "MOONMIND_VAULT_ADDR is set: MOONMIND_VAULT_TOKEN or MOONMIND_VAULT_TOKEN_FILE must be"
@@ -233,7 +272,9 @@ def read_vault(environment: Mapping[str, str]) -> VaultSettings | None:
     return VaultSettings(
         address=address,
         token=token,
-        namespace=environment.get("MOONMIND_VAULT_NAMESPACE", "").strip() or None,
+        namespace=check_token(
+            "MOONMIND_VAULT_NAMESPACE", environment.get("MOONMIND_VAULT_NAMESPACE", "")
+        ),
         mounts=split_list(environment.get("MOONMIND_VAULT_ALLOWED_MOUNTS", "")) or ("kv",),
         seconds=float(seconds),
     )

@@ -21,8 +21,14 @@ PART_BYTES = 10 << 20
 LEAST_PART_BYTES = 64 << 10
 """A server that refuses even this has another fault than a lower limit."""
 
+PART_TYPE = "application/octet-stream"
+"""Of a part, whatever the file is."""
+
 MAX_NAME_LENGTH = 512
 """Characters, in MoonMind's database."""
+
+NAME_TOO_LONG = "its name is too long for the server"
+NAME_TAKEN = "another file has this name already"
 
 AT_ONCE = 4
 """Files on their way at the same time: small ones mostly wait for an answer."""
@@ -44,7 +50,14 @@ class Upload:
         """What browsers are told that it is."""
         if self.path.suffix == ".log":
             return "text/plain"
-        return mimetypes.guess_type(self.path.name)[0] or "application/octet-stream"
+        return mimetypes.guess_type(self.path.name)[0] or PART_TYPE
+
+    def name_for_all(self, masker: Masker) -> str:
+        """Give the name that it may be stored under.
+
+        Commands put secrets into names too; and a name may be no UTF-8.
+        """
+        return masker.mask(self.name).encode("utf-8", "replace").decode()
 
 
 @dataclass(slots=True)
@@ -80,7 +93,27 @@ def job_files(artifacts: Path, subdir: str) -> list[Upload]:
     return [Upload(path, os.fsdecode(path.relative_to(artifacts))) for path in listed]
 
 
+def is_too_long(name: str) -> bool:
+    """Whether the server does not take a name, or not those of its parts."""
+    return len(name) > MAX_NAME_LENGTH - len(".part-0000")
+
+
+def part_names(name: str, size: int, part: int = PART_BYTES) -> list[str]:
+    """Name the parts that a file is stored in; one that fits in one keeps its name."""
+    count = -(-size // part)
+    return [f"{name}.part-{number:04}" for number in range(1, count + 1)] if count > 1 else [name]
+
+
+def read_part(path: Path, index: int, part: int = PART_BYTES) -> bytes:
+    """Read one of a file's parts, the first at 0; blocking."""
+    with path.open("rb") as file:
+        file.seek(index * part)
+        return file.read(part)
+
+
 def _walk(root: Path) -> Iterator[Path]:
+    if root.is_symlink():
+        return
     for folder, folders, names in os.walk(root):
         folders.sort()
         for name in sorted(names):
@@ -98,6 +131,8 @@ class Uploader:
         self._job_id = job_id
         self._masker = masker
         self._uploaded = Uploaded()
+        # As the server has them. It would overwrite the first of two files.
+        self._names: set[str] = set()
         # When the server is no longer waited for, by anyio's clock; while it answers, never.
         self._patience = float("inf")
 
@@ -115,19 +150,25 @@ class Uploader:
         return self._uploaded
 
     async def _upload(self, file: Upload) -> None:
-        # Commands put secrets into names too; and a name may be no UTF-8.
-        name = self._masker.mask(file.name).encode("utf-8", "replace").decode()
+        name = file.name_for_all(self._masker)
         try:
             size = file.path.stat().st_size
             if not size:
                 # The server stores no empty files; that there was one is in `run.json`.
                 return
-            if len(name) > MAX_NAME_LENGTH - len(".part-0000"):
-                self._uploaded.missing[name] = "its name is too long for the server"
+            if is_too_long(name):
+                self._uploaded.missing[name] = NAME_TOO_LONG
+            elif name.strip() in self._names:
+                # Masking can make two names one.
+                self._uploaded.missing[name] = NAME_TAKEN
             else:
+                self._names.add(name.strip())
                 await self._send(file, name, size)
-        except (QueueError, OSError) as error:
+        except QueueError as error:
             self._uploaded.missing[name] = str(error)
+        except OSError as error:
+            # Without the path, which has the name as it is.
+            self._uploaded.missing[name] = error.strerror or type(error).__name__
 
     async def _send(self, file: Upload, name: str, size: int) -> None:
         part = PART_BYTES
@@ -135,28 +176,28 @@ class Uploader:
             try:
                 await self._send_parts(file, name, size, part)
             except QueueError as error:
-                part = min(part, size) // 2
-                if not error.is_too_large or part < LEAST_PART_BYTES:
+                refused = min(part, size)
+                if not error.is_too_large or refused <= LEAST_PART_BYTES:
                     raise
+                part = max(refused // 2, LEAST_PART_BYTES)
             else:
                 return
 
     async def _send_parts(self, file: Upload, name: str, size: int, part: int) -> None:
-        count = -(-size // part)
-        for number in range(count):
-            content = await anyio.to_thread.run_sync(_read, file.path, number * part, part)
-            part_name = f"{name}.part-{number + 1:04}" if count > 1 else name
+        names = part_names(name, size, part)
+        for index, part_name in enumerate(names):
+            content = await anyio.to_thread.run_sync(read_part, file.path, index, part)
             digest = hashlib.sha256(content).hexdigest()
             await self._patiently(
                 content,
                 {
                     "name": part_name,
-                    "contentType": file.content_type if count == 1 else "application/octet-stream",
+                    "contentType": file.content_type if len(names) == 1 else PART_TYPE,
                     "digest": f"sha256:{digest}",
                 },
             )
-        if count > 1:
-            self._uploaded.parts[name] = count
+        if len(names) > 1:
+            self._uploaded.parts[name] = len(names)
 
     async def _patiently(self, content: bytes, fields: dict[str, str]) -> None:
         attempt = 0
@@ -165,17 +206,13 @@ class Uploader:
             try:
                 await self._queue.upload(self._job_id, content, fields)
             except QueueError as error:
+                if not error.may_pass:
+                    raise
                 now = anyio.current_time()
                 self._patience = min(self._patience, now + PATIENCE_SECONDS)
-                if not error.may_pass or now >= self._patience:
+                if now >= self._patience:
                     raise
                 await anyio.sleep(pause_after(attempt))
             else:
                 self._patience = float("inf")
                 return
-
-
-def _read(path: Path, offset: int, count: int) -> bytes:
-    with path.open("rb") as file:
-        file.seek(offset)
-        return file.read(count)

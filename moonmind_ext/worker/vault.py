@@ -8,6 +8,9 @@ import httpx
 from moonmind_ext.worker.settings import VaultSettings
 from pipelines.payload import parse_secret_reference
 
+_TOO_MANY = 429
+"""A rate limit's answer."""
+
 
 class VaultError(Exception):
     """A secret that cannot be had; the message holds the reference, never a value.
@@ -61,15 +64,15 @@ async def read_secret(settings: VaultSettings | None, reference: str) -> Secret:
     if not answer.is_success:
         raise VaultError(
             f"{reference}: Vault: {answer.status_code} {answer.reason_phrase}",
-            may_pass=answer.is_server_error,
+            may_pass=answer.is_server_error or answer.status_code == _TOO_MANY,
         )
     try:
         data = answer.json()["data"]["data"]
         value = data[name]
-        return Secret(
-            value=str(value),
-            username=data.get("username") or "x-access-token",
-            host=data.get("host") or "github.com",
-        )
-    except (ValueError, LookupError, TypeError, AttributeError):
-        raise VaultError(f"{reference}: Vault has no such field") from None
+        username, host = data.get("username"), data.get("host")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        value = username = host = None
+    # Text, or what was put there without quotes; not a whole object.
+    if not isinstance(value, str | int | float):
+        raise VaultError(f"{reference}: Vault has no such field")
+    return Secret(str(value), username or "x-access-token", host or "github.com")
