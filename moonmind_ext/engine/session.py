@@ -19,6 +19,8 @@ from moonmind_ext.engine.live import LiveLogs, receive_live_logs
 if TYPE_CHECKING:
     import dagger
 
+    from pipelines.container_task import Image
+
 DEFAULT_OPEN_SECONDS = 30.0
 """From nothing to an answered query. An engine that runs takes half a second, one
 whose container Docker has to start some seconds more; pulling its image the first
@@ -54,6 +56,9 @@ class EngineSession:
     live
         What commands print while they run; None where the session was started by
         somebody else, who has asked for no records in our name.
+    images
+        Those that were brought into the engine, by how they were asked for: while the
+        session is open it keeps them, and a tag means what it meant the first time.
     """
 
     kind: Literal["dagger", "embedded"]
@@ -61,6 +66,7 @@ class EngineSession:
     how: str
     client: "dagger.Client"
     live: LiveLogs | None
+    images: "dict[tuple[str, str], Image]" = field(default_factory=dict, repr=False, compare=False)
     # Kept as long as somebody waits for or has one.
     _turns: "WeakValueDictionary[str, anyio.Lock]" = field(
         default_factory=WeakValueDictionary, repr=False, compare=False
@@ -254,6 +260,8 @@ async def _connect(
     from dagger.client._config import ConnectConfig
     from dagger.client._session import ConnectParams, SingleConnection
 
+    from moonmind_ext.engine.client import make_client
+
     params = ConnectParams(port=address.port, session_token=address.token)
     # No retry: a query whose transport failed may have started the command already.
     config = ConnectConfig(timeout=dagger.Timeout(None, connect=CHECK_SECONDS), retry=None)
@@ -262,7 +270,7 @@ async def _connect(
         with anyio.fail_after(seconds):
             await connection.connect()
             stack.push_async_callback(connection.close)
-            client = dagger.Client.from_connection(connection)
+            client = make_client(connection)
             return client, await client.version()
     except TimeoutError:
         raise _NoAnswerError(f"no answer within {seconds:.0f}s") from None

@@ -274,9 +274,11 @@ class _Run:
                 reference = await anyio.to_thread.run_sync(
                     current_reference, reference, abandon_on_cancel=True
                 )
-            image = await resolve_image(
-                self.session.client, reference, helper_image=self.request.helper_image
-            )
+            key = reference, self.request.helper_image
+            image = self.session.images.get(key)
+            if image is None:
+                image = await resolve_image(self.session.client, key[0], helper_image=key[1])
+                self.session.images[key] = image
             self.progress.image = image
             return image
 
