@@ -147,6 +147,20 @@ class Worker:
         assert self.process is not None
         return self.process.pid
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether it handles SIGTERM: before, in its first second, that just ends it."""
+        with suppress(OSError, StopIteration):
+            lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
+            caught = next(line for line in lines if line.startswith("SigCgt:"))
+            return bool(int(caught.split()[1], 16) & (1 << (signal.SIGTERM - 1)))
+        return False
+
+    async def until_ready(self) -> None:
+        with anyio.move_on_after(30):
+            while not self.is_ready:
+                await anyio.sleep(0.1)
+
     async def end(self, number: signal.Signals, seconds: float) -> int | None:
         """Send a signal and wait for the end; None when there was none in time."""
         assert self.process is not None
@@ -352,12 +366,9 @@ class Soak:
                 weights = [kinds[name][0] for name in names]
                 name = first.pop() if first else self.random.choices(names, weights)[0]
                 # Killing and draining are for the same worker.
-                if name not in busy and not (name.startswith("worker") and self._is_down()):
+                same = {other for other in kinds if other.startswith("worker")}
+                if not busy & (same if name in same else {name}):
                     tasks.start_soon(throw, name)
-
-    def _is_down(self) -> bool:
-        process = self.workers[0].process
-        return process is None or process.poll() is not None
 
     async def _kill_queue(self) -> None:
         self.queue.kill()
@@ -368,7 +379,7 @@ class Soak:
     async def _kill_engine(self) -> None:
         if self.engine.choice is EngineChoice.EMBEDDED:
             worker = self.random.choice(self.workers)
-            if worker.process is not None and worker.process.poll() is None:
+            if worker.is_ready:
                 os.kill(worker.pid, signal.SIGUSR1)
             return
         self.engine_was_killed = True
@@ -386,6 +397,7 @@ class Soak:
 
     async def _drain_worker(self) -> None:
         worker = self.workers[0]
+        await worker.until_ready()
         code = await worker.end(signal.SIGTERM, 90)
         if code is None:
             self.problems.append("a drain took longer than 90s")
@@ -432,7 +444,7 @@ class Soak:
         for worker in self.workers:
             if worker.process is None or worker.process.poll() is not None:
                 worker.start()
-                await anyio.sleep(3)
+            await worker.until_ready()
             code = await worker.end(signal.SIGTERM, 60)
             if code:
                 self.problems.append(f"worker {worker.number} ended with {code}")
