@@ -22,7 +22,9 @@ from moonmind_ext.run.export import Exporter, Results
 from moonmind_ext.run.log import LiveOutput, end_of
 from moonmind_ext.run.output import OutputError, clear_output
 from moonmind_ext.run.stage_log import StageLog
-from moonmind_ext.workspace.send import Size, WorkspaceError, send_workspace
+from moonmind_ext.workspace.bases import Bases
+from moonmind_ext.workspace.errors import WorkspaceError
+from moonmind_ext.workspace.send import Size, send_workspace
 from moonmind_ext.workspace.source import read_source
 from pipelines.artifacts import RESERVED_DIRECTORIES
 from pipelines.concurrency import task_group, together, unless
@@ -80,6 +82,8 @@ class RunRequest:
         Of `runner.log`; above it, head and tail are kept.
     helper_image
         Lends its busybox to images without a shell.
+    bases
+        What was sent in this session before, for one that runs many tasks.
     """
 
     payload: TaskPayload
@@ -89,6 +93,7 @@ class RunRequest:
     secrets: Mapping[str, str] = field(default_factory=dict)
     log_limit_bytes: int = LOG_LIMIT_BYTES
     helper_image: str = DEFAULT_HELPER_IMAGE
+    bases: Bases | None = None
 
 
 async def run_task(
@@ -264,6 +269,8 @@ class _Run:
                     # Left by a run that was killed while it wrote back.
                     *self.request.workspace.glob(".moonmind-*"),
                 ],
+                bases=self.request.bases,
+                name=self.plan.repository,
             )
             return directory
 
@@ -392,8 +399,7 @@ class _Run:
             workspace=WorkspaceInfo(
                 files=size.files if size else None,
                 bytes=size.bytes if size else None,
-                # What the engine had already, it does not say.
-                uploaded_bytes=None,
+                uploaded_bytes=size.uploaded_bytes if size else None,
                 written_back=results.written_back,
             ),
             source=progress.source or Source(repository=plan.repository),
