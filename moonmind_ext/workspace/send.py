@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moonmind_ext.workspace.bases import Bases, Source, send_whole
 from moonmind_ext.workspace.errors import WorkspaceError
+from moonmind_ext.workspace.manifest import Stamps
 from pipelines.payload import WorkspaceFilter
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """How much a workspace is.
+    """How much a workspace is, and what.
 
     Attributes
     ----------
@@ -24,11 +25,14 @@ class Size:
         Files that are not directories, and their bytes; None where a filter chose.
     uploaded_bytes
         What of it was sent; None where the engine decided that, which does not say.
+    stamps
+        Of all that was there, whatever a filter chose of it.
     """
 
     files: int | None
     bytes: int | None
     uploaded_bytes: int | None = None
+    stamps: Stamps = field(default_factory=dict, repr=False, compare=False)
 
 
 async def send_workspace(
@@ -102,10 +106,10 @@ async def send_workspace(
             raise WorkspaceError(f"{root}: something in it cannot be read: {error}") from error
         raise
     if filtered:
-        return sent.directory, Size(None, None, sent.uploaded_bytes)
+        return sent.directory, Size(None, None, sent.uploaded_bytes, sent.stamps)
     files = [stamp for stamp in sent.stamps.values() if not stamp.is_directory]
     total = sum(stamp.size for stamp in files)
-    return sent.directory, Size(len(files), total, sent.uploaded_bytes)
+    return sent.directory, Size(len(files), total, sent.uploaded_bytes, sent.stamps)
 
 
 def escape_pattern(path: str) -> str:

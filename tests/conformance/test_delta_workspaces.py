@@ -1,18 +1,14 @@
 """A workspace that is sent as a difference is the same as one that is sent whole."""
 
 import os
-import stat
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
 
-import anyio
-import anyio.from_thread
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -23,6 +19,7 @@ from moonmind_ext.workspace.send import Size, send_workspace
 from pipelines.concurrency import together
 from pipelines.payload import WorkspaceFilter
 from tests.engines import Engine
+from tests.workspace.desk import listing
 
 EVERYTHING = WorkspaceFilter()
 
@@ -84,22 +81,6 @@ def write(tree: Nodes, folder: Path) -> None:
             path.chmod(mode)
 
 
-def listing(root: Path) -> dict[str, tuple[int, bytes]]:
-    """Everything in a directory: types, modes, contents and the targets of links."""
-    found: dict[str, tuple[int, bytes]] = {}
-    for folder, folders, names in os.walk(root):
-        for name in (*folders, *names):
-            path = Path(folder, name)
-            mode = path.lstat().st_mode
-            content = b""
-            if stat.S_ISLNK(mode):
-                content = os.fsencode(os.readlink(path))
-            elif stat.S_ISREG(mode):
-                content = path.read_bytes()
-            found[os.fspath(path.relative_to(root))] = (mode, content)
-    return found
-
-
 class Desk:
     """A session, and what was sent in it before."""
 
@@ -121,35 +102,19 @@ class Desk:
 
 
 @pytest.fixture
-def call(engine: Engine, tmp_path: Path) -> Iterator[Callable[..., Any]]:
-    """Run something on a desk whose session stays open, as hypothesis needs it."""
+def call(in_session: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
+    """Run something on a desk whose session stays open."""
 
-    async def open_desk(stack: AsyncExitStack) -> Desk:
-        return Desk(await stack.enter_async_context(engine.session()), tmp_path)
+    async def open_desk(session: EngineSession) -> Desk:
+        return Desk(session, tmp_path)
 
-    async def keep(ready: Callable[[Desk], None]) -> None:
-        async with AsyncExitStack() as stack:
-            ready(await open_desk(stack))
-            await done.wait()
+    async def at_desk(
+        _: EngineSession, work: Callable[..., Awaitable[Any]], *arguments: Any
+    ) -> Any:
+        return await work(desk, *arguments)
 
-    with anyio.from_thread.start_blocking_portal() as portal:
-        done = portal.call(anyio.Event)
-        desks: list[Desk] = []
-        opened = portal.call(anyio.Event)
-
-        def ready(desk: Desk) -> None:
-            desks.append(desk)
-            opened.set()
-
-        future = portal.start_task_soon(keep, ready)
-        portal.call(opened.wait)
-
-        def run(work: Callable[..., Awaitable[Any]], *arguments: Any) -> Any:
-            return portal.call(partial(work, desks[0], *arguments))
-
-        yield run
-        portal.call(done.set)
-        future.result(60)
+    desk = in_session(open_desk)
+    return partial(in_session, at_desk)
 
 
 examples = settings(
