@@ -15,7 +15,6 @@ from moonmind_ext.engine.choice import EngineChoice
 from moonmind_ext.engine.session import EngineSession, NoEngineError, docker_problem, open_session
 from moonmind_ext.run.events import Event, Phase
 from moonmind_ext.run.task import RunRequest, run_task
-from moonmind_ext.workspace.bases import Bases
 from pipelines.payload import parse_any
 from pipelines.plan import plan_task
 from pipelines.report import Outcome, RunReport
@@ -89,7 +88,6 @@ class Desk:
 
     bench: Bench
     session: EngineSession
-    bases: Bases
     workspace: Path
 
     async def run(
@@ -108,7 +106,6 @@ class Desk:
                 workspace=workspace or self.workspace,
                 output=output,
                 helper_image=self.bench.image,
-                bases=self.bases,
             ),
             Watcher(),
         )
@@ -132,8 +129,8 @@ async def desk(bench: Bench, choice: EngineChoice) -> AsyncIterator[Desk]:
     workspace = bench.new_path("workspace")
     workspace.mkdir()
     (workspace / "README.md").write_text("# Widgets\n")
-    async with open_session(choice, environment=os.environ) as session:
-        yield Desk(bench, session, Bases(), workspace)
+    async with open_session(choice, environment=os.environ, for_many=True) as session:
+        yield Desk(bench, session, workspace)
 
 
 async def find_engine() -> tuple[EngineChoice | None, str]:
@@ -147,7 +144,7 @@ async def find_engine() -> tuple[EngineChoice | None, str]:
     problems = []
     for choice in (EngineChoice.DAGGER, EngineChoice.EMBEDDED):
         try:
-            async with open_session(choice, environment=os.environ) as session:
+            async with open_session(choice, environment=os.environ, for_many=True) as session:
                 return choice, f"{session.kind} {session.version}"
         except NoEngineError as error:
             problems.append(" ".join(str(error).split()))

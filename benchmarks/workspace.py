@@ -55,7 +55,7 @@ async def _rounds(bench: Bench, ours: Desk, files: int, *, big: bool) -> Measure
     repository = Repository.make(bench.new_path("origin"), files=files, big=big)
     # Which job sends the base does not matter.
     clone = repository.clone(bench.new_path("clone"))
-    await _send(ours, clone, ours.bases)
+    await _send(ours, clone, ours.session.bases)
     shutil.rmtree(clone)
     measured = Measured()
     for number in range(bench.rounds):
@@ -76,10 +76,10 @@ async def _round(
 
     clone = repository.clone(bench.new_path("clone"))
     repository.change(clone, f"fresh {number}")
-    await timed(FRESH, ours.bases)
-    await timed(UNCHANGED, ours.bases)
+    await timed(FRESH, ours.session.bases)
+    await timed(UNCHANGED, ours.session.bases)
     repository.change(clone, f"again {number}")
-    await timed(CHANGED, ours.bases)
+    await timed(CHANGED, ours.session.bases)
     for name in (WHOLE, FIRST) if number % 2 else (FIRST, WHOLE):
         # At a path that the engine has not seen: there it takes everything.
         clone = clone.rename(bench.new_path("clone"))

@@ -22,7 +22,6 @@ from moonmind_ext.run.export import Exporter, Results
 from moonmind_ext.run.log import LiveOutput, end_of
 from moonmind_ext.run.output import OutputError, clear_output
 from moonmind_ext.run.stage_log import StageLog
-from moonmind_ext.workspace.bases import Bases
 from moonmind_ext.workspace.errors import WorkspaceError
 from moonmind_ext.workspace.journal import OURS, recover
 from moonmind_ext.workspace.send import Size, send_workspace
@@ -83,8 +82,6 @@ class RunRequest:
         Of `runner.log`; above it, head and tail are kept.
     helper_image
         Lends its busybox to images without a shell.
-    bases
-        What was sent in this session before, for one that runs many tasks.
     """
 
     payload: TaskPayload
@@ -94,7 +91,6 @@ class RunRequest:
     secrets: Mapping[str, str] = field(default_factory=dict)
     log_limit_bytes: int = LOG_LIMIT_BYTES
     helper_image: str = DEFAULT_HELPER_IMAGE
-    bases: Bases | None = None
 
 
 async def run_task(
@@ -277,7 +273,7 @@ class _Run:
                     # What another run is just writing back.
                     *workspace.glob(f"{OURS}*"),
                 ],
-                bases=self.request.bases,
+                bases=self.session.bases,
                 name=self.plan.repository,
             )
             return directory
