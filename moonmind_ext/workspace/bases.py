@@ -65,15 +65,16 @@ class Source:
     host_directory
         Makes the engine's view of a directory of this host, filtered as the payload
         says; not sent before it is synced.
-    filtered, gitignore
-        Whether that leaves something out, and whether by `.gitignore` files. What is
-        left out may be unreadable.
+    filtered, includes, gitignore
+        Whether that leaves something out, and whether by what is included or by
+        `.gitignore` files. What is left out may be unreadable.
     """
 
     root: Path
     left_out: frozenset[str]
     host_directory: "Callable[[Path], dagger.Directory]"
     filtered: bool
+    includes: bool
     gitignore: bool
 
     def look(self) -> dict[str, Stamp]:
@@ -212,6 +213,13 @@ async def _send_difference(base: _Base, source: Source) -> Sent | None:
     stamps, manifest = await anyio.to_thread.run_sync(_read_settled, source)
     delta = compare(base.manifest, manifest)
     if not delta.is_expressible or any(stamp.is_special for stamp in stamps.values()):
+        return None
+    if source.includes and (
+        delta.removed_files
+        or delta.removed_directories
+        or any(stamps[path].is_directory for path in delta.changed)
+    ):
+        # A directory is there for what is included of it, which only a whole send knows.
         return None
     ignore_files = [path for path in manifest if path.rpartition("/")[2] == GITIGNORE]
     if source.gitignore and not set(ignore_files).isdisjoint(

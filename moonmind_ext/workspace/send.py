@@ -94,6 +94,7 @@ async def send_workspace(
         left_out=frozenset(left_out),
         host_directory=host_directory,
         filtered=filtered,
+        includes=bool(chosen.include),
         gitignore=chosen.gitignore,
     )
     try:
