@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test soak lint clean
+.PHONY: demo test soak bench lint clean
 
 demo: .venv/installed
 	$(BIN)/moonmind-ext demo --output demo-output
@@ -18,6 +18,11 @@ lint: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# What takes how long, on whatever engine there is: docs/performance.md.
+bench: .venv/installed
+	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.report
 
 clean:
 	rm -rf .venv demo-output

@@ -326,7 +326,7 @@ def _run_job(job: _Job, engine: EngineChoice, open_seconds: float, *, as_json: b
 
     from moonmind_ext.console import ConsoleObserver, closing_table
     from moonmind_ext.engine.session import NoEngineError
-    from moonmind_ext.workspace.send import WorkspaceError
+    from moonmind_ext.workspace.errors import WorkspaceError
     from pipelines.report import exit_status
 
     console = _console(stderr=True)

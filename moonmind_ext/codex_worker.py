@@ -49,7 +49,7 @@ from moonmind_ext.worker.uploads import (
     read_part,
 )
 from moonmind_ext.worker.vault import VaultError, read_secret
-from moonmind_ext.workspace.send import WorkspaceError
+from moonmind_ext.workspace.errors import WorkspaceError
 from pipelines.concurrency import task_group
 from pipelines.masking import Masker
 from pipelines.payload import (

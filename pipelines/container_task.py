@@ -44,6 +44,7 @@ _LAST_PLAIN_EXIT_CODE = 128
 _HOME = "/.moonmind"
 _OUT = f"{_HOME}/out"
 _LOG = f"{_OUT}/log"
+_PLACE = f"{_HOME}/place"
 _CONTROL = f"{_HOME}/control"
 _SUPERVISOR = f"{_HOME}/supervisor.sh"
 _CLOCK = "/.moonmind-clock"
@@ -102,6 +103,9 @@ class Execution:
         Its output, stdout and stderr merged, and how long it is.
     lost_output
         The end of the output where `log` was lost.
+    names
+        Lists of what was in the workspace before the command and after it, where that
+        goes back. The command may have put anything in the place of the first.
     specials, setuid
         Absolute paths that the supervisor removed, and whose bits it cleared.
     """
@@ -111,6 +115,7 @@ class Execution:
     log: dagger.File | None = None
     log_bytes: int = 0
     lost_output: str = ""
+    names: dagger.Directory | None = None
     specials: tuple[str, ...] = ()
     setuid: tuple[str, ...] = ()
 
@@ -285,6 +290,34 @@ async def log_excerpt(
         )
 
 
+async def list_names(
+    client: dagger.Client, image: Image, directory: dagger.Directory
+) -> dagger.Directory:
+    """List a directory as the supervisor lists the workspace, out of the command's reach.
+
+    Returns
+    -------
+    dagger.Directory
+        With the file `names`.
+    """
+    # As root, so there is no directory that cannot be looked into.
+    script = (
+        '{ cd "$1" && $2 find . -name .git -print0 -prune -o -type d -print0 -print0 -o -print0; '
+        'printf \'//%s\\0\' "$?"; } >"$0"'
+    )
+    applet = _BUSYBOX if len(image.shell) > 1 else ""
+    arguments = [f"{_OUT}/names", _PLACE, applet]
+    with engine_failures("listing the workspace"):
+        return await (
+            image.container.with_user("root")
+            .with_mounted_directory(_OUT, client.directory())
+            .with_mounted_directory(_PLACE, directory)
+            .with_exec([*image.shell, "-c", script, *arguments])
+            .directory(_OUT)
+            .sync()
+        )
+
+
 def secret_of(client: dagger.Client, plan: Plan, name: str, value: str) -> dagger.Secret:
     """Hand a value to the engine as a secret of this run.
 
@@ -383,6 +416,7 @@ async def _execute(
         container=container,
         log=out.file("log"),
         log_bytes=log_bytes,
+        names=out.filter(include=["before", "after"]) if plan.write_back else None,
         specials=_names(hostile[0]),
         setuid=_names(hostile[1]),
     )

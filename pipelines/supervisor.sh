@@ -8,7 +8,8 @@
 #   RUN        makes the call unique to the engine's cache; not read
 #   LIMIT      seconds that the command may take; the clock starts with it
 #   GRACE      seconds between SIGTERM and SIGKILL
-#   OUT        directory for our own files: result, ended, specials, setuid
+#   OUT        directory for our own files: result, ended, specials, setuid, and
+#              before and after, which list the workspace when it goes back
 #   STOP       a file that asks for an early end: boot id, and centiseconds since
 #   ARTIFACTS  directory to clear of what must not travel
 #   WORKSPACE  likewise, or empty when the workspace does not go back
@@ -124,6 +125,23 @@ clear_hostile() {
     find "$1" -xdev -type f \( -perm -4000 -o -perm -2000 \) -print0 -exec chmod ug-s {} + >>"$mm_out/setuid"
 }
 
+# Lists the workspace into a file: names with a NUL after each, a directory's twice, and
+# three times where it may not be looked into. Nothing below a .git; that changes, and
+# never goes back. The last says whether that was all.
+list_workspace() {
+    {
+        (
+            cd "$mm_workspace" && find . -xdev -name .git -print0 -prune -o \
+                -type d ! -perm -500 -print0 -print0 -print0 -prune -o \
+                -type d -print0 -print0 -o -print0
+        )
+        printf '//%s\0' "$?"
+    } >"$mm_out/$1" 2>/dev/null
+}
+
+# What is gone afterwards cannot be seen in what the command wrote. Not on its time.
+[ -z "$mm_workspace" ] || list_workspace before
+
 read -r mm_boot </proc/sys/kernel/random/boot_id
 mm_epoch=$(date +%s)
 uptime
@@ -154,14 +172,17 @@ fi
 kill -KILL -1 2>/dev/null
 
 # The command may have put something else in their places.
-rm -rf "$mm_out/specials" "$mm_out/setuid" "$mm_out/result"
+rm -rf "$mm_out/specials" "$mm_out/setuid" "$mm_out/result" "$mm_out/after"
 [ -f "$mm_out/log" ] || rm -rf "$mm_out/log"
 
 # An ordinary user's export ends at a directory that it may not write to. By \;, so that
 # find goes into what it could not enter before.
 find "$mm_artifacts" -xdev -type d ! -perm -700 -exec chmod u+rwx {} \; 2>/dev/null
 clear_hostile "$mm_artifacts" 2>/dev/null
-[ -z "$mm_workspace" ] || clear_hostile "$mm_workspace" 2>/dev/null
+if [ -n "$mm_workspace" ]; then
+    clear_hostile "$mm_workspace" 2>/dev/null
+    list_workspace after
+fi
 
 mm_hostile=
 [ ! -s "$mm_out/specials" ] && [ ! -s "$mm_out/setuid" ] || mm_hostile=yes

@@ -4,7 +4,7 @@ import shutil
 import subprocess
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from typing import TYPE_CHECKING, Literal
 from weakref import WeakValueDictionary
@@ -19,6 +19,7 @@ from moonmind_ext.engine.live import LiveLogs, receive_live_logs
 if TYPE_CHECKING:
     import dagger
 
+    from moonmind_ext.workspace.bases import Bases
     from pipelines.container_task import Image
 
 DEFAULT_OPEN_SECONDS = 30.0
@@ -59,6 +60,9 @@ class EngineSession:
     images
         Those that were brought into the engine, by how they were asked for: while the
         session is open it keeps them, and a tag means what it meant the first time.
+    bases
+        Workspaces that were sent, for the next to be sent as what differs; None in a
+        session that is opened for one run.
     """
 
     kind: Literal["dagger", "embedded"]
@@ -67,6 +71,7 @@ class EngineSession:
     client: "dagger.Client"
     live: LiveLogs | None
     images: "dict[tuple[str, str], Image]" = field(default_factory=dict, repr=False, compare=False)
+    bases: "Bases | None" = field(default=None, repr=False, compare=False)
     # Kept as long as somebody waits for or has one.
     _turns: "WeakValueDictionary[str, anyio.Lock]" = field(
         default_factory=WeakValueDictionary, repr=False, compare=False
@@ -161,6 +166,7 @@ async def open_session(
     *,
     environment: Mapping[str, str],
     open_seconds: float = DEFAULT_OPEN_SECONDS,
+    for_many: bool = False,
 ) -> AsyncIterator[EngineSession]:
     """Open a session with the first engine that answers.
 
@@ -172,12 +178,28 @@ async def open_session(
         The variables that name an engine; also what `dagger session` gets.
     open_seconds
         For each way, from nothing to an answered query.
+    for_many
+        Whether many runs share it, on checkouts of the same repositories.
 
     Raises
     ------
     NoEngineError
         When none answers.
     """
+    async with _open_first(choice, environment, open_seconds) as session:
+        yield replace(session, bases=_no_bases()) if for_many else session
+
+
+def _no_bases() -> "Bases":
+    from moonmind_ext.workspace.bases import Bases
+
+    return Bases()
+
+
+@asynccontextmanager
+async def _open_first(
+    choice: EngineChoice, environment: Mapping[str, str], open_seconds: float
+) -> AsyncIterator[EngineSession]:
     if choice is EngineChoice.EMBEDDED:
         async with AsyncExitStack() as stack:
             yield await _open_embedded(stack, open_seconds)

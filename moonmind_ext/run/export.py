@@ -1,6 +1,7 @@
 """What a command left in the engine comes out: fetched, checked, masked."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import anyio.to_thread
@@ -8,10 +9,11 @@ import dagger
 
 from moonmind_ext.run.collect import check_artifacts
 from moonmind_ext.run.log import write_excerpt, write_log
-from moonmind_ext.workspace.write_back import write_back
+from moonmind_ext.workspace.send import Size
+from moonmind_ext.workspace.write_back import Changed, write_back
 from pipelines.artifacts import in_git, readable
 from pipelines.concurrency import together
-from pipelines.container_task import Execution, Image, engine_failures, log_excerpt
+from pipelines.container_task import Execution, Image, engine_failures, list_names, log_excerpt
 from pipelines.masking import Masker
 from pipelines.plan import Plan
 from pipelines.report import ALL_KILLED, Artifacts, LogInfo, WrittenBack
@@ -39,7 +41,7 @@ class Exporter:
 
     Attributes
     ----------
-    before
+    before, size
         The workspace as it was sent.
     workspace
         Where changes go.
@@ -51,6 +53,7 @@ class Exporter:
     plan: Plan
     image: Image
     before: dagger.Directory
+    size: Size
     workspace: Path
     masker: Masker
     log_limit_bytes: int
@@ -124,9 +127,17 @@ class Exporter:
 
     async def _changes(self, execution: Execution, results: Results) -> WrittenBack:
         assert execution.container is not None
-        after = execution.container.directory(self.plan.repo_dir)
+        assert execution.names is not None
+        changed = Changed(
+            before=self.before,
+            after=execution.container.directory(self.plan.repo_dir),
+            names=execution.names,
+            stamps=self.size.stamps,
+            is_whole=self.size.files is not None,
+            list_sent=partial(list_names, self.client, self.image, self.before),
+        )
         with engine_failures("bringing the changes back"):
-            written_back, commits = await write_back(after, self.before, self.workspace)
+            written_back, commits = await write_back(changed, self.workspace)
         if commits:
             results.warnings.append(
                 "the command made commits or branches: .git does not come back, so they are lost"

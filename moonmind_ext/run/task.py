@@ -22,7 +22,9 @@ from moonmind_ext.run.export import Exporter, Results
 from moonmind_ext.run.log import LiveOutput, end_of
 from moonmind_ext.run.output import OutputError, clear_output
 from moonmind_ext.run.stage_log import StageLog
-from moonmind_ext.workspace.send import Size, WorkspaceError, send_workspace
+from moonmind_ext.workspace.errors import WorkspaceError
+from moonmind_ext.workspace.journal import OURS, recover
+from moonmind_ext.workspace.send import Size, send_workspace
 from moonmind_ext.workspace.source import read_source
 from pipelines.artifacts import RESERVED_DIRECTORIES
 from pipelines.concurrency import task_group, together, unless
@@ -217,6 +219,7 @@ class _Run:
         if ready is None:
             return
         before, image = ready
+        assert self.progress.size is not None
         with self._phase(Phase.EXECUTE):
             execution = await self._execute(before, image)
         self.progress.execution = execution
@@ -227,6 +230,7 @@ class _Run:
             plan=self.plan,
             image=image,
             before=before,
+            size=self.progress.size,
             workspace=self.request.workspace,
             masker=self.masker,
             log_limit_bytes=self.request.log_limit_bytes,
@@ -252,18 +256,25 @@ class _Run:
         self.progress.source = await read_source(self.request.workspace, self.plan.repository)
 
     async def _send(self) -> dagger.Directory:
+        workspace = self.request.workspace
         with self._phase(Phase.WORKSPACE), engine_failures("sending the workspace"):
+            if await anyio.to_thread.run_sync(recover, workspace):
+                self.progress.results.warnings.append(
+                    "an earlier run was killed while it wrote back; its changes were completed"
+                )
             directory, self.progress.size = await send_workspace(
                 self.session.client,
-                self.request.workspace,
+                workspace,
                 self.plan.workspace,
                 # An output directory in the workspace is not part of it: it changes
                 # while it is sent.
                 leave_out=[
                     self.request.output,
-                    # Left by a run that was killed while it wrote back.
-                    *self.request.workspace.glob(".moonmind-*"),
+                    # What another run is just writing back.
+                    *workspace.glob(f"{OURS}*"),
                 ],
+                bases=self.session.bases,
+                name=self.plan.repository,
             )
             return directory
 
@@ -392,8 +403,7 @@ class _Run:
             workspace=WorkspaceInfo(
                 files=size.files if size else None,
                 bytes=size.bytes if size else None,
-                # What the engine had already, it does not say.
-                uploaded_bytes=None,
+                uploaded_bytes=size.uploaded_bytes if size else None,
                 written_back=results.written_back,
             ),
             source=progress.source or Source(repository=plan.repository),

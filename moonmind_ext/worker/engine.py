@@ -124,7 +124,10 @@ class EngineKeeper:
         lent = None
         try:
             async with open_session(
-                self._choice, environment=environment, open_seconds=self._open_seconds
+                self._choice,
+                environment=environment,
+                open_seconds=self._open_seconds,
+                for_many=True,
             ) as session:
                 lent = _Lent(session, anyio.current_time())
                 task_status.started(lent)

@@ -48,7 +48,7 @@ from moonmind_ext.worker.settings import WORKER_SECRETS, WorkerSettings
 from moonmind_ext.worker.telemetry import begin_span, job_trace, span
 from moonmind_ext.worker.uploads import Uploader, job_files
 from moonmind_ext.worker.vault import VaultError, read_secret
-from moonmind_ext.workspace.send import WorkspaceError
+from moonmind_ext.workspace.errors import WorkspaceError
 from pipelines.concurrency import task_group, unless
 from pipelines.masking import Masker
 from pipelines.payload import (

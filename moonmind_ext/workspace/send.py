@@ -1,75 +1,49 @@
-"""A directory of this host becomes a directory of the engine.
-
-It is sent as a whole. The engine keeps what it has of the same path, so sending
-it again costs what changed and a look at every file.
-"""
+"""A directory of this host becomes a directory of the engine."""
 
 import os
-import stat
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import anyio.to_thread
-
+from moonmind_ext.workspace.bases import Bases, Source, send_whole
+from moonmind_ext.workspace.errors import WorkspaceError
+from moonmind_ext.workspace.manifest import Stamps
 from pipelines.payload import WorkspaceFilter
 
 if TYPE_CHECKING:
     import dagger
 
 
-class WorkspaceError(Exception):
-    """The workspace cannot be read; the message names the path."""
-
-
 @dataclass(frozen=True, slots=True)
 class Size:
-    """How much a workspace is: files that are not directories, and their bytes."""
+    """How much a workspace is, and what.
 
-    files: int
-    bytes: int
-
-
-def measure(root: Path, leave_out: Collection[str] = ()) -> Size:
-    """Count a workspace; blocking.
-
-    Parameters
+    Attributes
     ----------
-    leave_out
-        Paths relative to `root` that do not count.
-
-    Raises
-    ------
-    WorkspaceError
-        When something in it cannot be read: better now than half sent.
+    files, bytes
+        Files that are not directories, and their bytes; None where a filter chose.
+    uploaded_bytes
+        What of it was sent; None where the engine decided that, which does not say.
+    stamps
+        Of all that was there, whatever a filter chose of it.
     """
-    files = size = 0
-    todo = [os.fspath(root)]
-    skipped = {os.fspath(root / path) for path in leave_out}
-    while todo:
-        directory = todo.pop()
-        try:
-            with os.scandir(directory) as entries:
-                for entry in entries:
-                    if entry.path in skipped:
-                        continue
-                    status = entry.stat(follow_symlinks=False)
-                    if stat.S_ISDIR(status.st_mode):
-                        todo.append(entry.path)
-                        continue
-                    if stat.S_ISREG(status.st_mode) and not os.access(entry.path, os.R_OK):
-                        raise WorkspaceError(f"{entry.path}: cannot be read (permission denied)")
-                    files += 1
-                    size += status.st_size
-        except OSError as error:
-            raise WorkspaceError(f"{error.filename}: {error.strerror}") from error
-    return Size(files, size)
+
+    files: int | None
+    bytes: int | None
+    uploaded_bytes: int | None = None
+    stamps: Stamps = field(default_factory=dict, repr=False, compare=False)
 
 
 async def send_workspace(
-    client: "dagger.Client", root: Path, chosen: WorkspaceFilter, *, leave_out: Sequence[Path] = ()
-) -> "tuple[dagger.Directory, Size | None]":
+    client: "dagger.Client",
+    root: Path,
+    chosen: WorkspaceFilter,
+    *,
+    leave_out: Sequence[Path] = (),
+    bases: Bases | None = None,
+    name: str = "",
+) -> "tuple[dagger.Directory, Size]":
     """Send a workspace.
 
     Something that cannot be read is found beforehand where no filter chooses. Where
@@ -85,41 +59,58 @@ async def send_workspace(
     leave_out
         Absolute paths that do not go along, whatever is chosen: our own, like the
         output directory. Those that are not below `root` do not matter.
-
-    Returns
-    -------
-    tuple
-        The directory, sent, and its size; None where a filter chose. How much of it
-        travelled, and was not there before, the engine does not say.
+    bases
+        What was sent before in this session; None sends the whole.
+    name
+        Of the repository: workspaces of one name have most in common.
 
     Raises
     ------
     WorkspaceError
-        When something in it cannot be read.
+        When something in it cannot be read, or changes all the time.
     dagger.DaggerError
         When the engine fails.
     """
     import dagger
 
     left_out = _relative(root, leave_out)
+
+    def host_directory(path: Path) -> dagger.Directory:
+        # Without `no_cache` a second look at the same path in one session gives what
+        # the first one saw.
+        return client.host().directory(
+            os.fspath(path),
+            include=list(chosen.include),
+            # The last pattern that matches decides: `!` in a payload takes nothing of
+            # ours back.
+            exclude=[*chosen.exclude, *map(escape_pattern, left_out)],
+            gitignore=chosen.gitignore,
+            no_cache=True,
+        )
+
     filtered = bool(chosen.include or chosen.exclude or chosen.gitignore)
-    size = None if filtered else await anyio.to_thread.run_sync(measure, root, left_out)
-    # Without `no_cache` a second look at the same path in one session gives what
-    # the first one saw.
-    directory = client.host().directory(
-        os.fspath(root),
-        include=list(chosen.include),
-        # The last pattern that matches decides: `!` in a payload takes nothing of ours back.
-        exclude=[*chosen.exclude, *map(escape_pattern, left_out)],
+    source = Source(
+        root=root,
+        left_out=frozenset(left_out),
+        host_directory=host_directory,
+        filtered=filtered,
+        includes=bool(chosen.include),
         gitignore=chosen.gitignore,
-        no_cache=True,
     )
     try:
-        return await directory.sync(), size
+        if bases is None:
+            sent, _ = await send_whole(source, digests=False)
+        else:
+            sent = await bases.send(f"{name}\n{chosen.model_dump_json()}", source)
     except dagger.QueryError as error:
         if "permission denied" in str(error).lower():
             raise WorkspaceError(f"{root}: something in it cannot be read: {error}") from error
         raise
+    if filtered:
+        return sent.directory, Size(None, None, sent.uploaded_bytes, sent.stamps)
+    files = [stamp for stamp in sent.stamps.values() if not stamp.is_directory]
+    total = sum(stamp.size for stamp in files)
+    return sent.directory, Size(len(files), total, sent.uploaded_bytes, sent.stamps)
 
 
 def escape_pattern(path: str) -> str:

@@ -5,12 +5,14 @@ it; the images it needs come from the public registries, or by the same names fr
 the registry in MOONMIND_TEST_REGISTRY (docs/testing.md).
 """
 
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import anyio
+import anyio.from_thread
 import pytest
 
 from moonmind_ext.engine.session import EngineSession
@@ -73,3 +75,32 @@ def task(engine: Engine, tmp_path: Path) -> Task:
         return Result(report, watcher, output, folder, artifacts)
 
     return run
+
+
+@pytest.fixture
+def in_session(engine: Engine) -> Iterator[Callable[..., Any]]:
+    """Run something in a session that stays open, as hypothesis needs it."""
+
+    async def keep(ready: Callable[[EngineSession], None]) -> None:
+        async with engine.session() as session:
+            ready(session)
+            await done.wait()
+
+    with anyio.from_thread.start_blocking_portal() as portal:
+        done = portal.call(anyio.Event)
+        sessions: list[EngineSession] = []
+        opened = portal.call(anyio.Event)
+
+        def ready(session: EngineSession) -> None:
+            sessions.append(session)
+            opened.set()
+
+        future = portal.start_task_soon(keep, ready)
+        portal.call(opened.wait)
+
+        def run(work: Callable[..., Awaitable[Any]], *arguments: Any) -> Any:
+            return portal.call(work, sessions[0], *arguments)
+
+        yield run
+        portal.call(done.set)
+        future.result(60)

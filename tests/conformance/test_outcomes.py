@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moonmind_ext.workspace.send import WorkspaceError
+from moonmind_ext.workspace.errors import WorkspaceError
 from pipelines.report import Outcome
 from tests.conformance.support import Task, Watcher, sh
 from tests.engines import Engine

@@ -1,11 +1,29 @@
+import base64
+import io
 import os
+import stat
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
+from tempfile import TemporaryDirectory
+from typing import Any
 
+import pytest
+from hypothesis import given, settings
+
+from moonmind_ext.engine.session import EngineSession
+from moonmind_ext.workspace.journal import Operation, Staging, Step
 from moonmind_ext.workspace.send import send_workspace
+from pipelines.artifacts import refuse_link
+from pipelines.concurrency import together
 from pipelines.payload import WorkspaceFilter
+from pipelines.plan import DEFAULT_WORKDIR
 from pipelines.report import WrittenBack
-from tests.conformance.support import Result, Task, sh
+from tests.conformance.support import Result, Task, Watcher, sh
+from tests.conformance.test_delta_workspaces import Nodes, examples, trees, write
 from tests.engines import Engine
+from tests.workspace.desk import listing
 
 
 def written_back(result: Result) -> WrittenBack:
@@ -163,7 +181,7 @@ async def test_directories_that_nobody_may_write_to_come_back(task: Task) -> Non
 async def test_names_that_are_no_utf8_spoil_nothing(task: Task, tmp_path: Path) -> None:
     workspace = tmp_path / "ws"
     workspace.mkdir()
-    for name in (b"gone\xe9", b"edit\xe9"):
+    for name in (b"gone\xe9", b"gone\xe8", b"edit\xe9"):
         (workspace / os.fsdecode(name)).write_text("old\n")
     script = r"""
         name() { printf "$1\\351"; }
@@ -177,8 +195,206 @@ async def test_names_that_are_no_utf8_spoil_nothing(task: Task, tmp_path: Path) 
     assert (workspace / os.fsdecode(b"new\xe9")).read_text() == "new\n"
     assert (workspace / os.fsdecode(b"dir\xe9") / "f").read_text() == "inner\n"
     assert (workspace / os.fsdecode(b"edit\xe9")).read_text() == "edited\n"
-    # A real engine does not say which file it was.
-    assert back.removed == ["gone\ufffd"] or set(back.refused) == {"gone\ufffd"}
+    assert not (workspace / os.fsdecode(b"gone\xe9")).exists()
+    assert (workspace / os.fsdecode(b"gone\xe8")).exists()
+    assert (back.removed, back.refused) == (["gone\ufffd"], {})
+
+
+async def test_what_was_only_touched_is_no_change(task: Task) -> None:
+    files = {"a": "a", "sub/b": "b", "sub/mode/c": "c", ".git/HEAD": "ref: refs/heads/main\n"}
+    script = """
+        touch a sub sub/b .git/HEAD; echo x > sub/x; rm sub/x; chmod 644 a; cp -a sub/b b2; mv b2 sub/b
+        chmod 700 sub/mode
+    """
+    result = await task(*sh(script), files=files, writeBack="changes")
+
+    back = written_back(result)
+    assert (back.added, back.modified, back.removed) == ([], ["sub/mode/"], [])
+    assert back.refused == {}
+    assert (result.workspace / "sub" / "mode").stat().st_mode & 0o777 == 0o700
+    assert not any("commits" in warning for warning in result.report.warnings)
+
+
+async def test_work_on_the_host_is_not_undone_by_a_command_that_only_touches(
+    task: Task, tmp_path: Path
+) -> None:
+    workspace, watcher = tmp_path / "ws", Watcher()
+
+    async def work() -> None:
+        await watcher.printed.wait()
+        for name in ("touched", "edited"):
+            (workspace / name).write_text("of the host")
+
+    result, _ = await together(
+        task(
+            *sh("echo begun; sleep 2; touch touched; echo of the command > edited"),
+            workspace=workspace,
+            watcher=watcher,
+            files={"touched": "old", "edited": "old"},
+            writeBack="changes",
+        ),
+        work(),
+    )
+
+    assert (workspace / "touched").read_text() == "of the host"
+    assert (workspace / "edited").read_text() == "of the command\n"
+    assert written_back(result).modified == ["edited"]
+
+
+@pytest.mark.parametrize("image", ["base", "not-root"])
+async def test_a_directory_that_was_closed_keeps_what_it_had(task: Task, image: str) -> None:
+    files = {"closed/a": "a", "closed/b": "b", "open/c": "c"}
+    script = "rm closed/a open/c; echo new > closed/new; chmod 0 closed"
+    result = await task(*sh(script), image=image, files=files, writeBack="changes")
+
+    back = written_back(result)
+    (result.workspace / "closed").chmod(0o700)
+    names = {path.name for path in (result.workspace / "closed").iterdir()}
+    assert names == {"a", "b", "new"}
+    assert back.removed == ["open/c"]
+    assert set(back.refused) == {"closed/"}
+
+
+TAMPER = """
+    out=/.moonmind/out
+    for name in secret other/secret; do printf '%s\\0' "./$name" >> $out/more; done
+    cat $out/before >> $out/more; cat $out/more > $out/before; rm -r gone; echo evil > other/secret
+"""
+
+
+async def test_a_command_that_lies_about_what_was_sent_removes_nothing_else(task: Task) -> None:
+    files = {"secret": "s", "other/secret": "s", "other/sent": "x", "gone": "g"}
+    fields = {"workspace": {"exclude": ["**/secret"]}}
+    result = await task(*sh(TAMPER), files=files, writeBack="changes", fields=fields)
+
+    assert (result.workspace / "secret").read_text() == "s"
+    assert (result.workspace / "other" / "secret").read_text() == "s"
+    assert not (result.workspace / "gone").exists()
+    assert written_back(result).removed == ["gone"]
+    assert "other/secret" in written_back(result).refused
+
+
+@pytest.mark.parametrize("put", ["ln -s /etc/passwd", "mkdir", "mkfifo", "touch", "true"])
+async def test_a_command_that_spoils_the_list_only_keeps_its_own_removed_files(
+    task: Task, put: str
+) -> None:
+    script = f"rm -r /.moonmind/out/before a; {put} /.moonmind/out/before; echo new > b"
+    result = await task(*sh(script), files={"a": "a", "b": "b"}, writeBack="changes")
+
+    back = written_back(result)
+    assert (back.modified, back.removed, set(back.refused)) == (["b"], [], {"./"})
+    assert (result.workspace / "a").exists()
+
+
+async def test_what_a_killed_run_has_left_is_brought_to_its_end_first(
+    task: Task, tmp_path: Path
+) -> None:
+    workspace = tmp_path / "ws"
+    workspace.mkdir()
+    for name in ("half", "done"):
+        staging = Staging.make(workspace)
+        staging.changes.mkdir()
+        (staging.changes / name).write_text("of the killed run")
+        if name == "done":
+            staging.commit([Step(Operation.MOVE, name)])
+        # As the kernel does it for a process that is killed.
+        os.close(staging._lock)
+
+    result = await task(*sh("ls -a; cat done"), workspace=workspace, files={})
+
+    assert result.log == b".\n..\ndone\nof the killed run"
+    assert [path.name for path in workspace.iterdir()] == ["done"]
+    assert any("an earlier run was killed" in warning for warning in result.report.warnings)
+
+
+async def test_cache_volumes_in_the_workspace_hide_nothing_that_was_removed(task: Task) -> None:
+    files = {"cache/sent": "x", "a": "a"}
+    volumes = [{"name": "moonmind-hides", "target": f"{DEFAULT_WORKDIR}/hides/repo/cache"}]
+    result = await task(
+        *sh("rm -f cache/sent a; ls"),
+        files=files,
+        job_id="hides",
+        writeBack="changes",
+        fields={"cacheVolumes": volumes},
+    )
+
+    assert (result.workspace / "cache" / "sent").read_text() == "x"
+    assert result.log == b"cache\n"
+    assert written_back(result).removed == ["a"]
+
+
+def commands(before: Nodes, after: Nodes) -> str:
+    """Write a shell script that makes one tree of another, and touches what stays."""
+    lines: list[str] = []
+    files = io.BytesIO()
+    with TemporaryDirectory() as folder, tarfile.open(fileobj=files, mode="w:gz") as archive:
+        write(after, Path(folder, "after"))
+
+        def visit(old: Nodes, new: Nodes, inside: str) -> None:
+            lines.extend(f"rm -r {quote(inside + name)}" for name in old.keys() - new.keys())
+            for name, node in new.items():
+                path = inside + name
+                if name in old and old[name][0] == node[0] == "directory":
+                    visit(old[name][2], node[2], f"{path}/")
+                    lines.append(f"chmod {node[1]:o} {quote(path)}")
+                elif name in old and old[name] == node:
+                    lines.append(f"touch -h {quote(path)} 2>/dev/null")
+                else:
+                    lines.append(f"rm -rf {quote(path)}")
+                    archive.add(Path(folder, "after", path), path)
+
+        visit(before, after, "./")
+    text = base64.b64encode(files.getvalue()).decode()
+    extract = f"echo {text} | base64 -d | EXTRACT_UNSAFE_SYMLINKS=1 tar xzpf -"
+    # Modes last: they may close directories.
+    lines.sort(key=lambda line: not line.startswith("rm"))
+    first = sum(line.startswith("rm") for line in lines)
+    return "\n".join([*lines[:first], extract, *lines[first:], "true"])
+
+
+@given(before=trees, after=trees)
+@settings(examples, max_examples=40)
+def test_the_workspace_becomes_what_the_container_has(
+    in_session: Callable[..., Any], task: Task, before: Nodes, after: Nodes
+) -> None:
+    async def work(session: EngineSession) -> None:
+        with TemporaryDirectory() as folder:
+            workspace = Path(folder, "w")
+            write(before, workspace)
+            write(after, Path(folder, "after"))
+            old, wanted = listing(workspace), listing(Path(folder, "after"))
+            script = commands(before, after)
+            result = await task(
+                *sh(script), session=session, workspace=workspace, files={}, writeBack="changes"
+            )
+            assert result.report.exit_code == 0, result.log
+
+            # A link that is refused leaves what it should have replaced.
+            refused = set()
+            for path, (mode, target) in [*wanted.items()]:
+                same = old.get(path) == (mode, target)
+                if stat.S_ISLNK(mode) and not same and refuse_link(path, os.fsdecode(target)):
+                    refused.add(path)
+                    del wanted[path]
+                    if path in old and not stat.S_ISDIR(old[path][0]):
+                        wanted[path] = old[path]
+            assert listing(workspace) == wanted
+            back = written_back(result)
+            assert set(back.refused) == refused
+            shown = {path: f"{path}/" if stat.S_ISDIR(wanted[path][0]) else path for path in wanted}
+            came = wanted.keys() - refused
+            assert set(back.added) == {
+                shown[path]
+                for path in came
+                if path not in old or stat.S_ISDIR(old[path][0]) != stat.S_ISDIR(wanted[path][0])
+            }
+            assert set(back.modified) == {
+                shown[path]
+                for path in came
+                if shown[path] not in back.added and old[path] != wanted[path]
+            }
+
+    in_session(work)
 
 
 async def test_what_is_ours_is_not_sent(engine: Engine, tmp_path: Path) -> None:

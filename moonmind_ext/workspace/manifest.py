@@ -1,0 +1,230 @@
+"""What is in a workspace, by content: read so that a change meanwhile is noticed.
+
+Times say nothing: a fresh clone has new ones everywhere, and a build tool may put
+old ones back. So files are compared by what is in them.
+"""
+
+import errno
+import hashlib
+import os
+import stat
+import time
+from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from moonmind_ext.workspace.errors import WorkspaceError
+
+THREADS = 4
+"""That read files. More do not help: for small ones the interpreter is what they wait for."""
+
+CHUNK_BYTES = 1 << 20
+
+TICK_NS = 20_000_000
+"""Nanoseconds. The kernel stamps files with a clock that moves in steps of 4 to 10 ms:
+a file that was stamped so short a time before it was looked at may have changed again
+within the same step."""
+
+
+COPY_ATTEMPTS = 50
+"""Of a file that somebody writes to: a second, with the pauses between."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """What the file system says of a path without reading it."""
+
+    mode: int
+    size: int
+    inode: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> "Stamp":
+        """Take it from what `lstat` says."""
+        return cls(
+            status.st_mode, status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns
+        )
+
+    @property
+    def is_directory(self) -> bool:
+        """Whether there is something below it."""
+        return stat.S_ISDIR(self.mode)
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it has bytes of its own."""
+        return stat.S_ISREG(self.mode)
+
+    @property
+    def is_special(self) -> bool:
+        """Whether it is neither file nor directory nor link."""
+        return not (self.is_directory or self.is_file or stat.S_ISLNK(self.mode))
+
+
+Stamps = Mapping[str, Stamp]
+"""By relative path; the root is `""`. Bytes that are no UTF-8 are surrogates."""
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """What is at a path.
+
+    Attributes
+    ----------
+    mode
+        Type and permissions, as `st_mode`.
+    content
+        SHA-256 of a file, the target of a link; nothing for a directory.
+    """
+
+    mode: int
+    content: bytes
+
+
+Manifest = Mapping[str, Node]
+"""By relative path, as in `Stamps`."""
+
+
+def look(
+    root: Path, left_out: Collection[str] = (), *, all_readable: bool = True
+) -> dict[str, Stamp]:
+    """Stamp everything in a directory without reading it; blocking.
+
+    Parameters
+    ----------
+    left_out
+        Relative paths that do not count, nor what is below them.
+    all_readable
+        Whether what cannot be read is an error, rather than nothing.
+
+    Raises
+    ------
+    WorkspaceError
+        When something cannot be read: better now than half sent.
+    """
+    try:
+        found = {"": Stamp.of(root.stat())}
+        todo = [""]
+        while todo:
+            directory = todo.pop()
+            if not all_readable and not os.access(root / directory, os.R_OK | os.X_OK):
+                continue
+            with os.scandir(root / directory) as entries:
+                for entry in entries:
+                    path = f"{directory}/{entry.name}" if directory else entry.name
+                    if path in left_out:
+                        continue
+                    stamp = found[path] = Stamp.of(entry.stat(follow_symlinks=False))
+                    if stamp.is_directory:
+                        todo.append(path)
+                    elif all_readable and stamp.is_file and not os.access(entry.path, os.R_OK):
+                        raise WorkspaceError(f"{entry.path}: cannot be read (permission denied)")
+    except OSError as error:
+        raise WorkspaceError(f"{error.filename}: {error.strerror}") from error
+    return found
+
+
+def changed_between(before: Stamps, after: Stamps, began_ns: int) -> set[str]:
+    """Say which paths may have changed between two looks, or are gone or new.
+
+    Parameters
+    ----------
+    began_ns
+        When the first look began, in nanoseconds of `time.time_ns`.
+    """
+    fresh = began_ns - TICK_NS
+    return {
+        path
+        for path in before.keys() | after.keys()
+        if (stamp := before.get(path)) is None
+        or stamp != after.get(path)
+        or (stamp.is_file and stamp.ctime_ns >= fresh)
+    }
+
+
+def read(root: Path, stamps: Stamps, *, all_readable: bool = True) -> dict[str, Node]:
+    """Read everything that was stamped, in threads; blocking.
+
+    What is not there any more is left out.
+
+    Parameters
+    ----------
+    all_readable
+        Whether a file that cannot be read is an error, rather than empty.
+
+    Raises
+    ------
+    WorkspaceError
+        When a file cannot be read.
+    """
+    paths = list(stamps)
+    # Neighbours are read by one thread, in pieces of which each has several.
+    pieces = [paths[at : at + 500] for at in range(0, len(paths), 500)]
+
+    def read_piece(piece: Iterable[str]) -> list[tuple[str, Node]]:
+        nodes = ((path, _read_node(root / path, stamps[path], all_readable)) for path in piece)
+        return [(path, node) for path, node in nodes if node is not None]
+
+    with ThreadPoolExecutor(THREADS) as threads:
+        return {path: node for piece in threads.map(read_piece, pieces) for path, node in piece}
+
+
+def _read_node(path: Path, stamp: Stamp, all_readable: bool) -> Node | None:
+    """Read one file or link; None when it is not there any more, or is something else."""
+    try:
+        if stamp.is_file:
+            return Node(stamp.mode, _digest(path, stamp.size))
+        if stat.S_ISLNK(stamp.mode):
+            # Not as a path, which would write it in another way.
+            return Node(stamp.mode, os.fsencode(os.readlink(path)))  # noqa: PTH115
+    except OSError as error:
+        # EINVAL: no link any more; ELOOP: one now.
+        if error.errno in {errno.ENOENT, errno.ENOTDIR, errno.EINVAL, errno.ELOOP}:
+            return None
+        if error.errno == errno.EACCES and not all_readable:
+            return Node(stamp.mode, b"")
+        raise WorkspaceError(f"{path}: cannot be read ({error.strerror})") from error
+    return Node(stamp.mode, b"")
+
+
+def _digest(path: Path, size: int) -> bytes:
+    # A small file is read in one go.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        hashed = hashlib.sha256()
+        while chunk := os.read(descriptor, min(size + 1, CHUNK_BYTES)):
+            hashed.update(chunk)
+            if len(chunk) == size:
+                break
+        return hashed.digest()
+    finally:
+        os.close(descriptor)
+
+
+def copy(source: Path, target: Path) -> bytes:
+    """Copy a file as it was at one time, never half; gives its SHA-256; blocking.
+
+    Raises
+    ------
+    WorkspaceError
+        When it cannot be read, or changes all the time.
+    FileNotFoundError
+        When it is not there any more.
+    """
+    for _ in range(COPY_ATTEMPTS):
+        began = time.time_ns()
+        before = Stamp.of(source.lstat())
+        hashed = hashlib.sha256()
+        with source.open("rb") as from_, target.open("wb") as to:
+            while chunk := from_.read(CHUNK_BYTES):
+                hashed.update(chunk)
+                to.write(chunk)
+        after = Stamp.of(source.lstat())
+        if not changed_between({"": before}, {"": after}, began):
+            target.chmod(stat.S_IMODE(after.mode))
+            return hashed.digest()
+        time.sleep(TICK_NS / 1e9)
+    raise WorkspaceError(f"{source}: changes while it is read")
