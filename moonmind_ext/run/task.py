@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, AsyncExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,10 @@ from pipelines.report import (
 STOP_MARGIN_SECONDS = 15
 """Above the grace period, for a stopped command's container to answer: the stop
 itself is a query, and the supervisor looks for it ten times a second."""
+
+PHASE_SECONDS = 1800
+"""For every phase but the command's own: tens of GB on a local disk take minutes, and an
+engine that hangs would be waited for without end."""
 
 STOP_AGAIN_SECONDS = 1.0
 """A command whose container is just being made misses the first stop."""
@@ -360,8 +365,12 @@ class _Run:
     @contextmanager
     def _phase(self, phase: Phase) -> Iterator[None]:
         self.say(f"{phase}: started")
-        with self.watch.phase(phase):
-            yield
+        limit = inf if phase is Phase.EXECUTE else PHASE_SECONDS
+        try:
+            with self.watch.phase(phase), anyio.fail_after(limit):
+                yield
+        except TimeoutError as error:
+            raise EngineFailedError(f"{phase}: the engine gave no end to it in {limit}s") from error
         self.say(f"{phase}: {self.watch.seconds[phase.value]:.3f}s")
 
     def _emit(self, message: str, payload: dict[str, Any], level: Level = Level.INFO) -> None:

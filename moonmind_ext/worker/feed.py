@@ -14,6 +14,10 @@ from moonmind_ext.worker.queue import QueueError
 BATCH_SECONDS = 1.0
 """From one event with output to the next."""
 
+GATHER_SECONDS = 0.25
+"""From the first output to its event, where the one before is longer ago: most of what
+a short command prints is one event then."""
+
 BATCH_BYTES = 16 << 10
 """Of output in one event. What is more is left out, the older first: who watches
 wants to see what happens now, and the log has it all."""
@@ -86,9 +90,8 @@ class Feed:
         first = self._waiting[0]
         if isinstance(first, Event) and first.message == LOG:
             await anyio.sleep_until(self._sent_output + BATCH_SECONDS)
-            # Gathered a while, so that what a short command prints is one event; but
-            # not when it is over, and its end waits behind.
-            with anyio.CancelScope(deadline=self._began_output + BATCH_SECONDS):
+            # But not when the command is over, and its end waits behind.
+            with anyio.CancelScope(deadline=self._began_output + GATHER_SECONDS):
                 await self._followed.wait()
             self._sent_output = anyio.current_time()
         # Taken only now: what was printed meanwhile is in it.

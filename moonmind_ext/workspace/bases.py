@@ -242,12 +242,18 @@ def _look_at_rest(source: Source) -> tuple[int, dict[str, Stamp]]:
     """Look at a workspace that nobody has written to a moment ago, if that can be had."""
     began = time.time_ns()
     stamps = source.look()
-    if any(stamp.ctime_ns >= began - TICK_NS for stamp in stamps.values()):
+    fresh = [path for path, stamp in stamps.items() if stamp.ctime_ns >= began - TICK_NS]
+    if fresh:
         # A clone that has just ended. Its last files could not be told from such as
         # change while they are sent.
         time.sleep(TICK_NS / 1e9)
         began = time.time_ns()
-        stamps = source.look()
+        for path in fresh:
+            try:
+                stamps[path] = Stamp.of((source.root / path).lstat())
+            except OSError:
+                # It has gone; what is below it will be missed too.
+                del stamps[path]
     return began, stamps
 
 

@@ -9,15 +9,18 @@ import hashlib
 import os
 import stat
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from moonmind_ext.workspace.errors import WorkspaceError
 
-THREADS = 4
-"""That read files. More do not help: for small ones the interpreter is what they wait for."""
+THREADS = 2
+"""That read big files."""
+
+BIG_BYTES = 1 << 20
+"""From here on hashing takes so long that a thread of its own pays."""
 
 CHUNK_BYTES = 1 << 20
 
@@ -31,8 +34,7 @@ COPY_ATTEMPTS = 50
 """Of a file that somebody writes to: a second, with the pauses between."""
 
 
-@dataclass(frozen=True, slots=True)
-class Stamp:
+class Stamp(NamedTuple):
     """What the file system says of a path without reading it."""
 
     mode: int
@@ -68,8 +70,7 @@ Stamps = Mapping[str, Stamp]
 """By relative path; the root is `""`. Bytes that are no UTF-8 are surrogates."""
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
+class Node(NamedTuple):
     """What is at a path.
 
     Attributes
@@ -120,11 +121,17 @@ def look(
                     stamp = found[path] = Stamp.of(entry.stat(follow_symlinks=False))
                     if stamp.is_directory:
                         todo.append(path)
-                    elif all_readable and stamp.is_file and not os.access(entry.path, os.R_OK):
+                    elif all_readable and not _is_readable(entry.path, stamp):
                         raise WorkspaceError(f"{entry.path}: cannot be read (permission denied)")
     except OSError as error:
         raise WorkspaceError(f"{error.filename}: {error.strerror}") from error
     return found
+
+
+def _is_readable(place: str, stamp: Stamp) -> bool:
+    # Of most files the mode tells.
+    for_all = stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH
+    return not stamp.is_file or stamp.mode & for_all == for_all or os.access(place, os.R_OK)
 
 
 def changed_between(before: Stamps, after: Stamps, began_ns: int) -> set[str]:
@@ -146,7 +153,7 @@ def changed_between(before: Stamps, after: Stamps, began_ns: int) -> set[str]:
 
 
 def read(root: Path, stamps: Stamps, *, all_readable: bool = True) -> dict[str, Node]:
-    """Read everything that was stamped, in threads; blocking.
+    """Read everything that was stamped; blocking.
 
     What is not there any more is left out.
 
@@ -160,39 +167,41 @@ def read(root: Path, stamps: Stamps, *, all_readable: bool = True) -> dict[str, 
     WorkspaceError
         When a file cannot be read.
     """
-    paths = list(stamps)
-    # Neighbours are read by one thread, in pieces of which each has several.
-    pieces = [paths[at : at + 500] for at in range(0, len(paths), 500)]
 
-    def read_piece(piece: Iterable[str]) -> list[tuple[str, Node]]:
-        nodes = ((path, _read_node(root / path, stamps[path], all_readable)) for path in piece)
-        return [(path, node) for path, node in nodes if node is not None]
+    def read_one(path: str) -> Node | None:
+        return _read_node(f"{root}/{path}", stamps[path], all_readable)
 
+    big = [path for path, stamp in stamps.items() if stamp.is_file and stamp.size > BIG_BYTES]
     with ThreadPoolExecutor(THREADS) as threads:
-        return {path: node for piece in threads.map(read_piece, pieces) for path, node in piece}
+        # While the big ones are hashed outside of the interpreter, the small ones are
+        # read here: between threads they would only pass the interpreter around.
+        reading = dict(zip(big, [threads.submit(read_one, path) for path in big], strict=True))
+        nodes = {path: read_one(path) for path in stamps if path not in reading}
+        nodes |= {path: future.result() for path, future in reading.items()}
+    return {path: node for path, node in nodes.items() if node is not None}
 
 
-def _read_node(path: Path, stamp: Stamp, all_readable: bool) -> Node | None:
+def _read_node(place: str, stamp: Stamp, all_readable: bool) -> Node | None:
     """Read one file or link; None when it is not there any more, or is something else."""
     try:
         if stamp.is_file:
-            return Node(stamp.mode, _digest(path, stamp.size))
+            return Node(stamp.mode, _digest(place, stamp.size))
         if stat.S_ISLNK(stamp.mode):
             # Not as a path, which would write it in another way.
-            return Node(stamp.mode, os.fsencode(os.readlink(path)))  # noqa: PTH115
+            return Node(stamp.mode, os.fsencode(os.readlink(place)))  # noqa: PTH115
     except OSError as error:
         # EINVAL: no link any more; ELOOP: one now.
         if error.errno in {errno.ENOENT, errno.ENOTDIR, errno.EINVAL, errno.ELOOP}:
             return None
         if error.errno == errno.EACCES and not all_readable:
             return Node(stamp.mode, b"")
-        raise WorkspaceError(f"{path}: cannot be read ({error.strerror})") from error
+        raise WorkspaceError(f"{place}: cannot be read ({error.strerror})") from error
     return Node(stamp.mode, b"")
 
 
-def _digest(path: Path, size: int) -> bytes:
+def _digest(place: str, size: int) -> bytes:
     # A small file is read in one go.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    descriptor = os.open(place, os.O_RDONLY | os.O_NOFOLLOW)
     try:
         hashed = hashlib.sha256()
         while chunk := os.read(descriptor, min(size + 1, CHUNK_BYTES)):
