@@ -33,11 +33,12 @@ from moonmind_ext.worker.metrics import Metrics
 from moonmind_ext.worker.policy import image_refusal, secret_refusal
 from moonmind_ext.worker.queue import without_nul
 from moonmind_ext.worker.settings import (
+    TELEMETRY_SECRETS,
     WORKER_SECRETS,
     SettingsError,
     VaultSettings,
     WorkerSettings,
-    split_list,
+    read_patterns,
 )
 from moonmind_ext.worker.uploads import (
     NAME_TOO_LONG,
@@ -136,6 +137,7 @@ def _settings_of(worker: Any, engine: EngineChoice | None) -> WorkerSettings:
     """Put together what MoonMind's worker was told, and what only ours knows."""
     config = worker._config  # noqa: SLF001, MoonMind has no public way to it
     environment = os.environ
+    images, secrets = "MOONMIND_WORKER_ALLOWED_IMAGES", "MOONMIND_WORKER_ALLOWED_SECRETS"
     vault = None
     if config.vault_address and config.vault_token:
         vault = VaultSettings(
@@ -154,9 +156,9 @@ def _settings_of(worker: Any, engine: EngineChoice | None) -> WorkerSettings:
         vault=vault,
         engine=engine or _read_engine(environment),
         engine_open_seconds=_read_open_seconds(environment),
-        allowed_images=split_list(environment.get("MOONMIND_WORKER_ALLOWED_IMAGES", "")) or ("*",),
-        allowed_secrets=split_list(
-            environment.get("MOONMIND_WORKER_ALLOWED_SECRETS", "vault://*"),
+        allowed_images=read_patterns(images, environment, environment.get(images, "*")),
+        allowed_secrets=read_patterns(
+            secrets, environment, environment.get(secrets, "vault://*"), may_be_none=True
         ),
         github_token=environment.get("GITHUB_TOKEN", "").strip() or None,
         helper_image=environment.get("MOONMIND_HELPER_IMAGE") or DEFAULT_HELPER_IMAGE,
@@ -396,7 +398,9 @@ class _Execution:
         }
         own = {name: text for name, text in plan.secret_env.items() if name not in in_vault}
         environment = {
-            name: value for name, value in os.environ.items() if name not in WORKER_SECRETS
+            name: value
+            for name, value in os.environ.items()
+            if name not in (*WORKER_SECRETS, *TELEMETRY_SECRETS)
         }
         try:
             secrets = resolve_secrets(own, environment=environment, given={})

@@ -37,6 +37,15 @@ class StageLog:
         """Close the file."""
         self._file.close()
 
+    def text(self, text: str) -> None:
+        """Write what a program printed, indented, without its blank lines.
+
+        Masked as a whole: a secret may be of several lines.
+        """
+        for line in self._masker.mask(text).splitlines():
+            if line.strip():
+                self.line(f"  {line}")
+
     def line(self, text: str) -> None:
         """Write a line; it is on disk when this returns."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import date
 
 from moonmind_ext.worker.git import CLONE_SECONDS, LOCAL_SECONDS
 from moonmind_ext.worker.process import CommandError, Runner
@@ -52,11 +52,16 @@ class Branches:
         }
 
 
-def choose_branches(git: Git, *, default: str, job_id: str, skill: str) -> Branches:
+def choose_branches(git: Git, *, default: str, job_id: str, skill: str, day: date) -> Branches:
     """Say which branches a job has.
 
     With a new branch that is created from the starting one; with neither a branch of
     the job's own is made; a starting branch alone is worked on.
+
+    Parameters
+    ----------
+    day
+        Of the job, not of this attempt: the next one must find its branch again.
     """
     starting = git.starting_branch or default
     if git.new_branch:
@@ -66,7 +71,7 @@ def choose_branches(git: Git, *, default: str, job_id: str, skill: str) -> Branc
     # A skill has any name, a branch has not.
     name = "" if skill == "auto" else re.sub(r"[^A-Za-z0-9_]+", "-", skill).strip("-")
     tail = "-".join(filter(None, [job_id.replace("-", "")[:8], name]))
-    new = f"task/{datetime.now(UTC):%Y%m%d}/{tail}"
+    new = f"task/{day:%Y%m%d}/{tail}"
     return Branches(default, starting, new, is_own=True)
 
 
@@ -88,15 +93,18 @@ class Checkout:
     commit: str
 
 
-async def check_out(runner: Runner, url: str, git: Git, *, job_id: str, skill: str) -> Checkout:
+async def check_out(
+    runner: Runner, url: str, git: Git, *, job_id: str, skill: str, day: date
+) -> Checkout:
     """Clone a repository into the job's directory, and switch to the job's branch.
 
     Parameters
     ----------
     runner
         In the job's directory.
-    skill
-        That the payload names; part of a made-up branch's name.
+    skill, day
+        That the payload names, and on which the job was made; parts of a made-up
+        branch's name.
 
     Raises
     ------
@@ -107,7 +115,7 @@ async def check_out(runner: Runner, url: str, git: Git, *, job_id: str, skill: s
     """
     await runner.run("git", "clone", "--quiet", "--", url, REPO, seconds=CLONE_SECONDS)
     default = await _default_branch(runner)
-    branches = choose_branches(git, default=default, job_id=job_id, skill=skill)
+    branches = choose_branches(git, default=default, job_id=job_id, skill=skill, day=day)
     await _check_name(runner, "startingBranch", branches.starting)
     await _check_name(runner, "newBranch", branches.working)
     commit = await _find(runner, branches.starting)

@@ -49,19 +49,22 @@ class Claim:
         self._extended = claimed
         self.lost = anyio.Event()
         self.cancelled = anyio.Event()
+        # While the last call is on its way, a beat may find the job ended by it.
+        self._is_ending = self._is_over = False
 
     async def keep(self) -> None:
         """Beat until the job is lost, or this is cancelled."""
-        while await self._beat_in_time():
-            pass
-        self.lost.set()
+        while not self._is_over:
+            if not await self._beat_in_time():
+                self.lost.set()
+                return
 
     async def _beat_in_time(self) -> bool:
         """Wait, then beat; whether the job is still ours."""
         interval = min(self._lease_seconds / 3, MAX_BEAT_SECONDS)
         with anyio.CancelScope(deadline=self._extended + self._lease_seconds) as lease:
             await anyio.sleep(interval)
-            return await self._beat()
+            return self._is_over or await self._beat()
         assert lease.cancelled_caught
         log.warning("no heartbeat got through for a whole lease; the job is not ours any more")
         return False
@@ -71,12 +74,14 @@ class Claim:
         try:
             job = await self._queue.heartbeat(self.job.id)
         except QueueError as error:
+            if error.is_gone and self._is_ending:
+                return True
             if error.is_gone:
                 log.warning("the job is not ours any more", error=str(error))
                 return False
             log.warning("missed a heartbeat", error=str(error))
             return True
-        if job.attempt != self.job.attempt:
+        if job.attempt != self.job.attempt and not self._is_ending:
             # Given away and claimed again, by another worker of the same name or by this one.
             log.warning("the job is not ours any more", attempt=job.attempt)
             return False
@@ -95,6 +100,14 @@ class Claim:
         bool
             Whether the job's end is on the server's record as ours to say.
         """
+        self._is_ending = True
+        self._is_over = await self._say_the_end(call)
+        self._is_ending = False
+        if not self._is_over:
+            log.error("the job's end could not be reported; its lease will run out")
+        return self._is_over
+
+    async def _say_the_end(self, call: Callable[[], Awaitable[None]]) -> bool:
         attempt = 0
         with anyio.move_on_after(END_SECONDS):
             while not self.lost.is_set():

@@ -31,6 +31,7 @@ from moonmind_ext.worker.settings import (
     check_workdir,
     check_worker_id,
     read_memory,
+    read_patterns,
     read_vault,
     split_list,
 )
@@ -191,8 +192,12 @@ def worker(
             lease_seconds=lease_seconds,
             workdir=check_workdir(workdir),
             capabilities=split_list(capabilities) or _default_capabilities(environment),
-            allowed_images=split_list(allowed_images) or ("*",),
-            allowed_secrets=split_list(allowed_secrets),
+            allowed_images=read_patterns(
+                "MOONMIND_WORKER_ALLOWED_IMAGES", environment, allowed_images
+            ),
+            allowed_secrets=read_patterns(
+                "MOONMIND_WORKER_ALLOWED_SECRETS", environment, allowed_secrets, may_be_none=True
+            ),
             timeout_seconds=timeout_seconds,
             concurrency=concurrency,
             drain_seconds=check_number("MOONMIND_WORKER_DRAIN_SECONDS", drain_seconds),

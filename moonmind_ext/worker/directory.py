@@ -11,6 +11,8 @@ import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from uuid import UUID
 
 import anyio
 import anyio.to_thread
@@ -20,6 +22,15 @@ from moonmind_ext.workspace.tree import remove_tree
 
 LOCK = ".moonmind-worker"
 """In a job's directory; what has none there is not this worker's to sweep."""
+
+PROBE_BYTES = 64 << 10
+"""Written to see whether there is room: more than a block, and soon done."""
+
+BUSY_SECONDS = 60.0
+"""For another worker of this host, which has lost the job and removes its checkout. Giving
+the job back would cost an attempt."""
+
+BUSY_AGAIN_SECONDS = 0.5
 
 log = structlog.get_logger()
 
@@ -47,15 +58,52 @@ async def job_directory(workdir: Path, job_id: str) -> AsyncIterator[Path]:
     path = workdir / job_id
     if path.is_symlink():
         raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
-    with _locked(path) as is_ours:
-        if not is_ours:
-            raise DirectoryBusyError(f"{path} is in use by another worker")
+    if not _may_be_emptied(path):
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+    async with _lock_in_time(path):
         await anyio.to_thread.run_sync(_empty, path)
         try:
             yield path
         finally:
             with anyio.CancelScope(shield=True):
                 await anyio.to_thread.run_sync(_remove, path)
+
+
+def _may_be_emptied(path: Path) -> bool:
+    """Whether what is in a directory was left by a worker: by the lock, or by the name."""
+    if not path.exists() or (path / LOCK).is_file() or not any(path.iterdir()):
+        return True
+    try:
+        # MoonMind's own worker leaves its jobs' directories, and has no lock.
+        return str(UUID(path.name)) == path.name
+    except ValueError:
+        return False
+
+
+@asynccontextmanager
+async def _lock_in_time(path: Path) -> AsyncIterator[None]:
+    """Hold the lock of a directory, also when another worker has still to let it go."""
+    with anyio.move_on_after(BUSY_SECONDS) as waiting:
+        while True:
+            with _locked(path) as is_ours:
+                if is_ours:
+                    waiting.deadline = float("inf")
+                    yield
+                    return
+            await anyio.sleep(BUSY_AGAIN_SECONDS)
+    raise DirectoryBusyError(f"{path} is in use by another worker")
+
+
+def probe(workdir: Path) -> None:
+    """Make sure that a job's directory could be made and written to; blocking.
+
+    Raises
+    ------
+    OSError
+        When it could not.
+    """
+    with TemporaryDirectory(prefix=".moonmind-probe-", dir=workdir) as folder:
+        Path(folder, "file").write_bytes(bytes(PROBE_BYTES))
 
 
 def sweep(workdir: Path) -> None:

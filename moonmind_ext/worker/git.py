@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from moonmind_ext.worker.settings import WORKER_SECRETS
+from moonmind_ext.worker.settings import TELEMETRY_SECRETS, WORKER_SECRETS
 
 CLONE_SECONDS = 1800.0
 """For a clone or a push. A repository of some GB takes minutes; one that stands still
@@ -16,7 +16,6 @@ LOCAL_SECONDS = 120.0
 
 _STALLED_SECONDS = 60
 
-_ENTERPRISE_TOKENS = ("GH_ENTERPRISE_TOKEN", "GITHUB_ENTERPRISE_TOKEN")
 """What gh reads for other hosts than GitHub's own."""
 
 _SETTINGS = {
@@ -94,7 +93,7 @@ def git_environment(
     environment
         The worker's own; its credentials are left out.
     """
-    left_out = {*WORKER_SECRETS, *_ENTERPRISE_TOKENS}
+    left_out = {*WORKER_SECRETS, *TELEMETRY_SECRETS}
     result = {name: value for name, value in environment.items() if name not in left_out}
     settings = dict(_SETTINGS)
     if credential is not None:
@@ -105,7 +104,7 @@ def git_environment(
         # was renamed has to be named anew.
         settings["http.followRedirects"] = "false"
         is_githubs = re.fullmatch(r"github\.com|.+\.ghe\.com", credential.host)
-        name = "GH_TOKEN" if is_githubs else _ENTERPRISE_TOKENS[0]
+        name = "GH_TOKEN" if is_githubs else "GH_ENTERPRISE_TOKEN"
         result |= {name: credential.token, "GH_HOST": credential.host}
     count = result.get("GIT_CONFIG_COUNT", "0")
     start = int(count) if count.isdecimal() else 0

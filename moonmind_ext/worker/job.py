@@ -3,10 +3,12 @@
 import json
 import os
 import shutil
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +42,11 @@ from moonmind_ext.worker.engine import EngineKeeper
 from moonmind_ext.worker.feed import Feed
 from moonmind_ext.worker.git import Credential, clone_url, git_environment
 from moonmind_ext.worker.metrics import Metrics
-from moonmind_ext.worker.policy import image_refusal, secret_refusal
+from moonmind_ext.worker.policy import image_refusal, secret_refusal, subdir_refusal
 from moonmind_ext.worker.process import CommandError, Runner
 from moonmind_ext.worker.publish import Published, PublishError, publish, separate_git
 from moonmind_ext.worker.queue import QueueClient
-from moonmind_ext.worker.settings import WORKER_SECRETS, WorkerSettings
+from moonmind_ext.worker.settings import TELEMETRY_SECRETS, WORKER_SECRETS, WorkerSettings
 from moonmind_ext.worker.telemetry import begin_span, job_trace, span
 from moonmind_ext.worker.uploads import Uploader, job_files
 from moonmind_ext.worker.vault import VaultError, read_secret
@@ -52,6 +54,7 @@ from moonmind_ext.workspace.errors import WorkspaceError
 from pipelines.concurrency import task_group, unless
 from pipelines.masking import Masker
 from pipelines.payload import (
+    DEFAULT_ARTIFACTS_SUBDIR,
     PublishMode,
     TaskContractError,
     TaskPayload,
@@ -61,6 +64,13 @@ from pipelines.payload import (
 )
 from pipelines.plan import Defaults, Plan, plan_task
 from pipelines.report import Outcome
+
+MAX_NAMED = 100
+"""Files in one event: a name has up to 512 characters."""
+
+PUBLISH_SECONDS = 3600.0
+"""For all of a publish, its attempts included: one under way is finished, also when the
+worker drains or the job is cancelled."""
 
 INVALID = Outcome.INVALID_PAYLOAD.value
 
@@ -101,6 +111,8 @@ class JobLife:
         self._masker = Masker(self._hidden)
         # What every event of MoonMind's says of the job; known with its payload.
         self._about: dict[str, Any] = {"jobType": self._job.type}
+        # Of the artifacts; known with the payload too.
+        self._subdir = DEFAULT_ARTIFACTS_SUBDIR
         # Whether another attempt may be made; with the command it depends on the payload.
         self._may_repeat = True
 
@@ -115,8 +127,12 @@ class JobLife:
         self._stop_reason = self._stop_reason or reason
         self._stop.set()
 
-    async def live(self) -> None:
-        """Do the job to its last call.
+    def masked(self, error: Exception) -> str:
+        """Give an exception with its traceback, for the worker's own log."""
+        return self._masker.mask("".join(traceback.format_exception(error)))
+
+    async def live(self) -> str:
+        """Do the job to its last call, and give its outcome.
 
         When this is cancelled, nothing more is reported: the lease runs out.
         """
@@ -132,6 +148,7 @@ class JobLife:
                 background.cancel_scope.cancel()
             self._shop.metrics.job_ended(outcome)
             log.info("done with the job", outcome=outcome)
+        return outcome
 
     async def _to_the_end(self) -> Ending | None:
         """Do the job and report; None when the report was not taken."""
@@ -179,9 +196,9 @@ class JobLife:
         except OSError as error:
             # A full disk, mostly.
             return failed("engine-failed", _os_error(error), retryable=self._may_repeat)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             # A fault of this program. It must not take the other jobs with it.
-            log.exception("the worker failed")
+            log.error("the worker failed", exception=self.masked(error))  # noqa: TRY400
             message = f"the worker failed: {error!r}"
             return failed("engine-failed", message, retryable=self._may_repeat)
 
@@ -232,7 +249,9 @@ class JobLife:
             message = f"invalid job payload: {error}"
             raise JobEndedError(failed(INVALID, message, retryable=False)) from error
         self._hide(*plan.secret_values.values())
+        self._subdir = plan.artifacts_subdir
         refusals = [
+            subdir_refusal(plan.artifacts_subdir),
             image_refusal(plan.image, settings.allowed_images),
             self._shop.admission.refusal(plan.resources),
             *(
@@ -249,7 +268,9 @@ class JobLife:
         settings = self._shop.settings
         own = {name: text for name, text in plan.secret_env.items() if not _is_vault(text)}
         environment = {
-            name: value for name, value in os.environ.items() if name not in WORKER_SECRETS
+            name: value
+            for name, value in os.environ.items()
+            if name not in (*WORKER_SECRETS, *TELEMETRY_SECRETS)
         }
         try:
             secrets = resolve_secrets(own, environment=environment, given={})
@@ -259,7 +280,8 @@ class JobLife:
         except SecretError as error:
             raise JobEndedError(failed(INVALID, str(error), retryable=False)) from error
         except VaultError as error:
-            raise JobEndedError(failed(INVALID, str(error), retryable=error.may_pass)) from error
+            outcome = "engine-failed" if error.may_pass else INVALID
+            raise JobEndedError(failed(outcome, str(error), retryable=error.may_pass)) from error
         self._hide(*secrets.values())
         return secrets
 
@@ -297,6 +319,7 @@ class JobLife:
                         task.git,
                         job_id=self._job.id,
                         skill=task.skill.id,
+                        day=self._job.created_at or datetime.now(UTC),
                     ),
                 )
             except BranchError as error:
@@ -346,7 +369,10 @@ class JobLife:
             # The command has not begun, so it may whatever the payload says of that.
             raise JobEndedError(failed("engine-failed", str(error), retryable=True)) from error
         except (WorkspaceError, OutputError) as error:
-            raise JobEndedError(failed("engine-failed", str(error), retryable=False)) from error
+            # A full disk, or a workspace that cannot be sent however often.
+            retryable = isinstance(error.__cause__, OSError) and self._may_repeat
+            ending = failed("engine-failed", str(error), retryable=retryable)
+            raise JobEndedError(ending) from error
         if report.outcome is Outcome.CANCELLED:
             # A command that has not begun may begin elsewhere, whatever the payload says.
             self._may_repeat = self._may_repeat or report.timings.execute is None
@@ -367,19 +393,28 @@ class JobLife:
         reference = (auth.publish_auth_ref or auth.repo_auth_ref) if auth else None
         with self._stage(stages.PUBLISH, mode=publishing.mode.value) as about:
             credential, _ = await self._credential(reference)
-            variables = separate_git(directory, checkout.commit)
+            variables = separate_git(directory, checkout)
             with self._runner(directory, "publish", credential, variables) as runner:
                 runner.log.line(f"publish mode: {publishing.mode}")
                 runner.log.line(f"working branch: {checkout.branches.working}")
                 try:
-                    published = await publish(runner, publishing, checkout, _gh())
+                    with anyio.fail_after(PUBLISH_SECONDS):
+                        published = await publish(runner, publishing, checkout, _gh())
+                except TimeoutError as error:
+                    message = f"publish failed: no end within {PUBLISH_SECONDS:g}s"
+                    ending = failed("publish-failed", message, retryable=plan.retryable)
+                    raise JobEndedError(ending) from error
                 except PublishError as error:
                     retryable = plan.retryable and not error.is_refused
                     message = self._masker.mask(str(error))
                     ending = failed("publish-failed", message, retryable=retryable)
                     raise JobEndedError(ending) from error
             result = self._masker.mask_json(published.to_dict())
-            _write_json(directory / "artifacts" / "publish_result.json", result)
+            try:
+                _write_json(directory / "artifacts" / "publish_result.json", result)
+            except OSError as error:
+                # It is published: nothing that goes wrong here makes it a failure.
+                log.warning("cannot write publish_result.json", error=_os_error(error))
             about.update(workingBranch=published.branch, prUrl=published.url)
             if published.skipped:
                 about["skipped"] = True
@@ -388,13 +423,23 @@ class JobLife:
 
     async def _upload(self, directory: Path) -> None:
         """Store what there is; what could not be is said, and nothing else comes of it."""
-        container = self._container()
         with self._shop.metrics.timed("upload"), span("upload"):
-            files = await anyio.to_thread.run_sync(job_files, directory / "artifacts", container)
+            try:
+                artifacts = directory / "artifacts"
+                files = await anyio.to_thread.run_sync(job_files, artifacts, self._subdir)
+            except OSError as error:
+                log.warning("cannot list what there is to upload", error=_os_error(error))
+                return
             uploader = Uploader(self._shop.queue, self._job.id, self._masker)
             uploaded = await uploader.upload(files)
         if uploaded.parts or uploaded.missing:
-            payload = {"parts": uploaded.parts, "missing": uploaded.missing}
+            # Of very many the first tell enough.
+            payload: dict[str, Any] = {
+                "parts": dict(islice(uploaded.parts.items(), MAX_NAMED)),
+                "missing": dict(islice(uploaded.missing.items(), MAX_NAMED)),
+            }
+            if len(uploaded.missing) > MAX_NAMED:
+                payload["missingCount"] = len(uploaded.missing)
             self._emit(Event(stages.UPLOADED, payload, Level.WARN))
             log.warning("not all files were stored as they are", **payload)
 
@@ -464,14 +509,6 @@ class JobLife:
         environment = {**git_environment(os.environ, credential), **(variables or {})}
         with StageLog(log_file, self._masker) as stage_log:
             yield Runner(directory, environment, stage_log)
-
-    def _container(self) -> str:
-        """Give the payload's artifact directory, whatever else is wrong with it."""
-        try:
-            container = parse_payload(self._job.payload).task.container
-        except TaskContractError:
-            container = None
-        return container.artifacts_subdir if container else "container"
 
     def _emit(self, event: Event) -> None:
         self._feed.put(event)

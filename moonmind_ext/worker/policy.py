@@ -5,6 +5,8 @@ from typing import Any
 
 from moonmind_ext.worker.settings import TASK
 
+_OUR_FILES = {"logs", "task_context.json", "publish_result.json"}
+
 _OFF = {"", "0", "false", "no", "off", "none"}
 
 
@@ -44,9 +46,19 @@ def image_refusal(image: str, allowed: tuple[str, ...]) -> str | None:
     )
 
 
+def subdir_refusal(subdir: str) -> str | None:
+    """Say why artifacts may not go to a directory; None where they may."""
+    first = subdir.partition("/")[0]
+    if first not in _OUR_FILES:
+        return None
+    return f"task.container.artifactsSubdir: {first} is where the worker keeps files of its own"
+
+
 def secret_refusal(name: str, reference: str, allowed: tuple[str, ...]) -> str | None:
     """Say why a payload's secret is not resolved here; None where it may be."""
-    if any(fnmatchcase(reference, pattern) for pattern in allowed):
+    # Whatever is allowed: the worker's own environment is in there.
+    is_kernels = reference.startswith(("file:///proc/", "file:///sys/"))
+    if not is_kernels and any(fnmatchcase(reference, pattern) for pattern in allowed):
         return None
     return (
         f"task.container.secretEnv.{name}: {reference} is not allowed on this worker; "

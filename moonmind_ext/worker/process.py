@@ -17,6 +17,9 @@ from pipelines.concurrency import task_group
 OUTPUT_BYTES = 1 << 20
 """Kept of what a program prints. git and gh say little; a file list may be long."""
 
+LINE_CHARACTERS = 2000
+"""Of the last line that a program printed, in an error's message."""
+
 LINGER_SECONDS = 1.0
 """For output that a program's children still write when it has ended. A child that
 keeps the output open is a process left in the background, and ends with this."""
@@ -85,13 +88,15 @@ class Runner:
         except ValueError as error:
             # A NUL or half a surrogate pair, from a payload: no argument can hold it.
             raise CommandError(f"{command[0]}: an argument has {_WRONG_TEXT}") from error
-        for line in f"{out}\n{err}".splitlines():
-            if line.strip():
-                self.log.line(f"  {line}")
+        # The program has done what it has done, whether there is room to log it or not.
+        with suppress(OSError):
+            self.log.text(f"{out}\n{err}")
         if code:
             lines = err.splitlines() if err.strip() else out.splitlines()
-            last = next((line for line in reversed(lines) if line.strip()), "")
-            raise CommandError(f"{_title(command)} failed ({code}): {last.strip()}", out + err)
+            last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+            raise CommandError(
+                f"{_title(command)} failed ({code}): {last[:LINE_CHARACTERS]}", out + err
+            )
         return out
 
     async def _run(self, command: Sequence[str]) -> tuple[int, str, str]:

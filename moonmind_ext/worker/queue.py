@@ -18,6 +18,9 @@ REQUEST_SECONDS = 10
 """For a call without a file, from connecting to the last byte. The server answers in
 milliseconds; a busy database may take seconds."""
 
+MAX_ANSWER_BYTES = 16 << 20
+"""A job with the largest payload that anybody has a use for."""
+
 UPLOAD_SECONDS = 120
 """For one file of at most 10 MiB: a line of 1 Mbit/s makes it."""
 
@@ -42,6 +45,7 @@ class Job(BaseModel):
     payload: Any = None
     attempt: int = 1
     max_attempts: int = 1
+    created_at: datetime | None = None
     cancel_requested_at: datetime | None = None
 
     @property
@@ -67,7 +71,8 @@ class QueueError(Exception):
     @property
     def is_gone(self) -> bool:
         """Whether the job is not this worker's any more."""
-        return self.status in {_NOT_FOUND, _CONFLICT}
+        # In MoonMind's own form only: a proxy says 404 too, while the server restarts.
+        return self.status in {_NOT_FOUND, _CONFLICT} and not self._plain
 
     @property
     def is_too_large(self) -> bool:
@@ -90,6 +95,7 @@ class QueueError(Exception):
             self.status is None
             or self.status >= _SERVER_ERROR
             or self.status in _PASSING
+            or (self.status == _NOT_FOUND and self._plain)
             or self.may_be_token
         )
 
@@ -187,7 +193,7 @@ class QueueClient:
         """Ask the server something and give its answer's JSON."""
         try:
             with anyio.fail_after(seconds):
-                answer = await self._http.request(method, f"/api/queue/jobs{path}", **content)
+                answer = await self._ask(method, f"/api/queue/jobs{path}", **content)
             if answer.is_success:
                 return _json(answer)
             problem = _problem(answer)
@@ -197,6 +203,17 @@ class QueueClient:
         hint = "; it may be the token, MOONMIND_WORKER_TOKEN" if problem.may_be_token else ""
         problem.args = (f"queue {self._settings.url}, {call}: {problem}{hint}",)
         raise problem
+
+    async def _ask(self, method: str, path: str, **content: Any) -> httpx.Response:
+        """Get an answer, unless it is larger than any of the queue's."""
+        async with self._http.stream(method, path, **content) as answer:
+            body = bytearray()
+            async for chunk in answer.aiter_raw():
+                body += chunk
+                if len(body) > MAX_ANSWER_BYTES:
+                    raise httpx.DecodingError(f"an answer of more than {MAX_ANSWER_BYTES} bytes")
+        # Without its headers: what is compressed all the same stays so, and is no JSON.
+        return httpx.Response(answer.status_code, content=bytes(body))
 
     def _job(self, call: str, data: object) -> Job:
         try:
@@ -249,7 +266,8 @@ def without_nul(value: Any) -> Any:
 @asynccontextmanager
 async def open_queue(settings: WorkerSettings, metrics: Metrics) -> AsyncIterator[QueueClient]:
     """Open the way to the queue; no connection is made before the first call."""
-    headers = {"Accept": "application/json"}
+    # Not compressed: a small answer could be any size then.
+    headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
     if settings.token:
         headers["X-MoonMind-Worker-Token"] = settings.token
     # httpx's limit is for each step of a call; the one for a whole call is ours.

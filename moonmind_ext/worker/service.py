@@ -13,7 +13,7 @@ from anyio.abc import TaskGroup
 from moonmind_ext.asgi import serve
 from moonmind_ext.worker.admission import Admission, Capacity
 from moonmind_ext.worker.claim import Claim
-from moonmind_ext.worker.directory import sweep
+from moonmind_ext.worker.directory import probe, sweep
 from moonmind_ext.worker.engine import EngineKeeper
 from moonmind_ext.worker.job import JobLife, Shop
 from moonmind_ext.worker.metrics import Metrics, metrics_app
@@ -23,7 +23,11 @@ from moonmind_ext.worker.settings import WorkerSettings
 from pipelines.concurrency import task_group
 
 MAX_POLL_SECONDS = 30.0
-"""Between claims, while the queue does not answer."""
+"""Between claims, while the queue does not answer, or every job fails for want of
+something here: claiming on would use up all the attempts of all jobs in a minute."""
+
+_INFRASTRUCTURE = {"engine-failed", "publish-failed"}
+"""Outcomes of which the jobs' own part is small."""
 
 SHUTTING_DOWN = "the worker is shutting down"
 
@@ -107,12 +111,12 @@ async def run_worker(
     await anyio.to_thread.run_sync(sweep, settings.workdir)
     async with AsyncExitStack() as stack:
         shop = await stack.enter_async_context(open_shop(settings, metrics))
+        worker = _Worker(shop, draining, limits)
         if metrics_port is not None:
-            app = metrics_app(metrics, lambda: shop.engines.is_healthy)
+            app = metrics_app(metrics, lambda: shop.engines.is_healthy and worker.problem is None)
             await stack.enter_async_context(serve(app, host="0.0.0.0", port=metrics_port))  # noqa: S104
         async with task_group() as background:
             background.start_soon(shop.engines.run, not limits.are_there)
-            worker = _Worker(shop, draining, limits)
             end = await worker.run()
             background.cancel_scope.cancel()
     return end
@@ -128,6 +132,9 @@ class _Worker:
         self._slots = anyio.Semaphore(shop.settings.concurrency)
         self._lives: set[JobLife] = set()
         self._claims = self._jobs = self._failures = 0
+        # Jobs in a row that failed for want of something here.
+        self._troubles = 0
+        self.problem: str | None = None
         # Set when the time to drain is over.
         self._is_over = False
 
@@ -159,6 +166,8 @@ class _Worker:
             try:
                 await self._shop.admission.calm()
                 await self._shop.engines.ready()
+                await self._room_on_disk()
+                await anyio.sleep(self._pause(self._troubles))
                 # Never given up half-way: the answer may be a job, which nobody else
                 # would have then.
                 with anyio.CancelScope(shield=True):
@@ -174,9 +183,27 @@ class _Worker:
             if limits.claims is not None and self._claims >= limits.claims:
                 return End.ENOUGH_JOBS if self._jobs else End.EMPTY_QUEUE
             if life is None:
-                pause = settings.poll_seconds * 2**self._failures
-                await anyio.sleep(min(pause, max(MAX_POLL_SECONDS, settings.poll_seconds)))
+                await anyio.sleep(settings.poll_seconds + self._pause(self._failures))
         return End.ENOUGH_JOBS
+
+    def _pause(self, failures: int) -> float:
+        """Give the seconds to wait after some failures in a row; none after none."""
+        return min(float(2**failures - 1), MAX_POLL_SECONDS)
+
+    async def _room_on_disk(self) -> None:
+        """Wait until a job's directory can be made: a job that found out would fail."""
+        failures = 0
+        while True:
+            try:
+                await anyio.to_thread.run_sync(probe, self._shop.settings.workdir)
+            except OSError as error:
+                failures = min(failures + 1, 10)
+                self.problem = f"{self._shop.settings.workdir}: {error.strerror or error}"
+                log.warning("no job can be done here", error=self.problem)
+                await anyio.sleep(self._pause(failures))
+            else:
+                self.problem = None
+                return
 
     async def _claim(self) -> JobLife | None:
         """Ask for a job, and begin its life."""
@@ -206,10 +233,11 @@ class _Worker:
             # The claim was under way when the drain began, and its answer took long.
             life.stop(SHUTTING_DOWN)
         try:
-            await life.live()
-        except Exception:
+            outcome = await life.live()
+            self._troubles = min(self._troubles + 1, 10) if outcome in _INFRASTRUCTURE else 0
+        except Exception as error:  # noqa: BLE001
             # A fault of this program. The lease runs out, and the others go on.
-            log.exception("the worker lost a job")
+            log.error("the worker lost a job", exception=life.masked(error))  # noqa: TRY400
         finally:
             self._lives.discard(life)
             self._slots.release()

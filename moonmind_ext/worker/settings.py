@@ -24,8 +24,15 @@ would use it: so all of them."""
 DEFAULT_DRAIN_SECONDS = 60.0
 """Below what Kubernetes and Compose are commonly told to wait before they kill."""
 
-WORKER_SECRETS = ("MOONMIND_WORKER_TOKEN", "MOONMIND_VAULT_TOKEN", "GITHUB_TOKEN", "GH_TOKEN")
+WORKER_SECRETS = (
+    *("MOONMIND_WORKER_TOKEN", "MOONMIND_VAULT_TOKEN"),
+    *("GITHUB_TOKEN", "GH_TOKEN", "GITHUB_ENTERPRISE_TOKEN", "GH_ENTERPRISE_TOKEN"),
+)
 """Variables that hold the worker's own credentials: no process that it starts gets them."""
+
+TELEMETRY_SECRETS = ("OTEL_EXPORTER_OTLP_HEADERS", "OTEL_EXPORTER_OTLP_TRACES_HEADERS")
+"""These too may hold one. The engine's session needs them for its own spans; nobody else
+gets them."""
 
 _MAX_WORKER_ID = 255
 
@@ -42,12 +49,16 @@ class VaultSettings:
     ----------
     mounts
         Those that a payload may name.
+    token_file
+        Where the token is, if it is in a file: read for every request, since who puts
+        it there also renews it.
     seconds
         For one request.
     """
 
     address: str
     token: str = field(repr=False)
+    token_file: Path | None = None
     namespace: str | None = None
     mounts: tuple[str, ...] = ("kv",)
     seconds: float = 10.0
@@ -226,6 +237,33 @@ def split_list(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(item.strip() for item in text.split(",") if item.strip()))
 
 
+def read_patterns(
+    name: str, environment: Mapping[str, str], given: str, *, may_be_none: bool = False
+) -> tuple[str, ...]:
+    """Read patterns of what is allowed; `none` allows nothing.
+
+    Parameters
+    ----------
+    name
+        The variable's: one that is set to nothing, by a template that lacks a value
+        say, must not allow what the default does.
+    given
+        The setting, or its default where there is none.
+
+    Raises
+    ------
+    SettingsError
+        When there is no pattern.
+    """
+    if not split_list(given) or not split_list(environment.get(name, given)):
+        raise SettingsError(
+            f"{name}: is empty; name patterns, * for everything"
+            f"{', none for nothing' if may_be_none else ''}, or leave it unset"
+        )
+    patterns = split_list(given)
+    return () if may_be_none and patterns == ("none",) else patterns
+
+
 def read_memory(text: str) -> int | None:
     """Read a size in Docker's notation, as bytes; None where there is none.
 
@@ -256,7 +294,8 @@ def read_vault(environment: Mapping[str, str]) -> VaultSettings | None:
     address = _address("MOONMIND_VAULT_ADDR", address, "MOONMIND_VAULT_TOKEN")
     token = environment.get("MOONMIND_VAULT_TOKEN", "").strip()
     file = environment.get("MOONMIND_VAULT_TOKEN_FILE", "").strip()
-    if not token and file:
+    from_file = not token and bool(file)
+    if from_file:
         try:
             token = Path(file).read_text("utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
@@ -272,6 +311,7 @@ def read_vault(environment: Mapping[str, str]) -> VaultSettings | None:
     return VaultSettings(
         address=address,
         token=token,
+        token_file=Path(file) if from_file else None,
         namespace=check_token(
             "MOONMIND_VAULT_NAMESPACE", environment.get("MOONMIND_VAULT_NAMESPACE", "")
         ),

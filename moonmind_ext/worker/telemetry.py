@@ -86,7 +86,12 @@ def job_trace(job_id: str, attempt: int) -> Iterator[str]:
     """
     attributes: dict[str, str | int] = {"moonmind.job.id": job_id, "moonmind.job.attempt": attempt}
     with (
-        _tracer.start_as_current_span("moonmind.job", attributes=attributes),
+        _tracer.start_as_current_span(
+            "moonmind.job",
+            attributes=attributes,
+            record_exception=False,
+            set_status_on_exception=False,
+        ),
         joined() as trace_id,
         structlog.contextvars.bound_contextvars(job_id=job_id, trace_id=trace_id),
     ):
@@ -95,8 +100,11 @@ def job_trace(job_id: str, attempt: int) -> Iterator[str]:
 
 @contextmanager
 def span(name: str) -> Iterator[None]:
-    """Do a part of a job in a span."""
-    with _tracer.start_as_current_span(name):
+    """Do a part of a job in a span.
+
+    Without the text of an exception, here and above: that is masked where it is reported.
+    """
+    with _tracer.start_as_current_span(name, record_exception=False, set_status_on_exception=False):
         yield
 
 

@@ -33,6 +33,10 @@ NAME_TAKEN = "another file has this name already"
 AT_ONCE = 4
 """Files on their way at the same time: small ones mostly wait for an answer."""
 
+ALL_SECONDS = 1800.0
+"""For all files of a job. Its slot is taken as long, and its end not told: what is not
+stored by then is said to be missing."""
+
 PATIENCE_SECONDS = 180.0
 """For a server that is away, from the first call that failed: three times what a
 restart takes. Then the file is given up, and so are those after it, quickly."""
@@ -133,6 +137,7 @@ class Uploader:
         self._uploaded = Uploaded()
         # As the server has them. It would overwrite the first of two files.
         self._names: set[str] = set()
+        self._done: set[Upload] = set()
         # When the server is no longer waited for, by anyio's clock; while it answers, never.
         self._patience = float("inf")
 
@@ -143,10 +148,16 @@ class Uploader:
         async def one(file: Upload) -> None:
             async with limiter:
                 await self._upload(file)
+            self._done.add(file)
 
-        async with task_group() as tasks:
-            for file in files:
-                tasks.start_soon(one, file)
+        with anyio.move_on_after(ALL_SECONDS):
+            async with task_group() as tasks:
+                for file in files:
+                    tasks.start_soon(one, file)
+        for file in files:
+            if file not in self._done:
+                name = file.name_for_all(self._masker)
+                self._uploaded.missing.setdefault(name, "there was no time left for it")
         return self._uploaded
 
     async def _upload(self, file: Upload) -> None:
@@ -203,6 +214,8 @@ class Uploader:
         attempt = 0
         while True:
             attempt += 1
+            if anyio.current_time() >= self._patience:
+                raise QueueError("the server was waited for long enough, for the files before")
             try:
                 await self._queue.upload(self._job_id, content, fields)
             except QueueError as error:

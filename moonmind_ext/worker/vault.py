@@ -3,13 +3,14 @@
 from dataclasses import dataclass, field
 
 import anyio
+import anyio.to_thread
 import httpx
 
 from moonmind_ext.worker.settings import VaultSettings
 from pipelines.payload import parse_secret_reference
 
-_TOO_MANY = 429
-"""A rate limit's answer."""
+_PASSING = {401, 403, 429}
+"""A token of the worker's that has run out, and a rate limit: not the payload's fault."""
 
 
 class VaultError(Exception):
@@ -35,6 +36,15 @@ class Secret:
     host: str = "github.com"
 
 
+def _token(settings: VaultSettings, reference: str) -> str:
+    if settings.token_file is None:
+        return settings.token
+    try:
+        return settings.token_file.read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise VaultError(f"{reference}: Vault's token: {error}", may_pass=True) from error
+
+
 async def read_secret(settings: VaultSettings | None, reference: str) -> Secret:
     """Resolve a `vault://mount/path#field` reference.
 
@@ -50,7 +60,7 @@ async def read_secret(settings: VaultSettings | None, reference: str) -> Secret:
     if mount not in settings.mounts:
         allowed = ", ".join(settings.mounts)
         raise VaultError(f"{reference}: MOONMIND_VAULT_ALLOWED_MOUNTS allows only {allowed}")
-    headers = {"X-Vault-Token": settings.token}
+    headers = {"X-Vault-Token": await anyio.to_thread.run_sync(_token, settings, reference)}
     if settings.namespace:
         headers["X-Vault-Namespace"] = settings.namespace
     url = f"{settings.address}/v1/{mount}/data/{path}"
@@ -64,7 +74,7 @@ async def read_secret(settings: VaultSettings | None, reference: str) -> Secret:
     if not answer.is_success:
         raise VaultError(
             f"{reference}: Vault: {answer.status_code} {answer.reason_phrase}",
-            may_pass=answer.is_server_error or answer.status_code == _TOO_MANY,
+            may_pass=answer.is_server_error or answer.status_code in _PASSING,
         )
     try:
         data = answer.json()["data"]["data"]

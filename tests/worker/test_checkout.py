@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,8 @@ from pipelines.masking import Masker
 from pipelines.payload import Git
 from tests.worker.support import Origin, git, make_origin
 
+DAY = date(2026, 2, 16)
+
 URL = "https://github.com/acme/widgets.git"
 JOB = "0f8fad5b-d9cb-469f-a165-70867728950e"
 
@@ -38,7 +41,7 @@ def job_of(origin: Origin, folder: Path) -> Iterator[Runner]:
 
 async def clone(folder: Path, origin: Origin, given: Git) -> Checkout:
     with job_of(origin, folder) as runner:
-        return await check_out(runner, URL, given, job_id=JOB, skill="auto")
+        return await check_out(runner, URL, given, job_id=JOB, skill="auto", day=DAY)
 
 
 @pytest.fixture
@@ -68,7 +71,7 @@ def origin(tmp_path: Path) -> Origin:
 def test_named_branches_are_taken_as_they_are(
     given: Git, starting: str, new: str | None, working: str
 ) -> None:
-    branches = choose_branches(given, default="main", job_id=JOB, skill="auto")
+    branches = choose_branches(given, default="main", job_id=JOB, skill="auto", day=DAY)
     assert branches == Branches("main", starting, new, is_own=False)
     assert branches.working == working
     assert branches.to_dict() == {
@@ -95,7 +98,7 @@ def test_named_branches_are_taken_as_they_are(
 def test_the_default_branch_is_not_worked_on_but_a_branch_of_the_jobs_own(
     given: Git, skill: str, tail: str
 ) -> None:
-    branches = choose_branches(given, default="main", job_id=JOB, skill=skill)
+    branches = choose_branches(given, default="main", job_id=JOB, skill=skill, day=DAY)
     assert (branches.starting, branches.is_own) == ("main", True)
     assert re.fullmatch(rf"task/[0-9]{{8}}/0f8fad5b{re.escape(tail)}", branches.working)
 

@@ -108,6 +108,33 @@ async def test_an_answer_that_the_job_is_gone_loses_it_at_once(status: int) -> N
     assert len(times) == 1
 
 
+async def test_a_proxys_404_is_a_missed_beat_and_no_loss() -> None:
+    async with answered(answer(404, "not found"), json_answer(JOB)) as (claim, times):
+        await until(lambda: len(times) > 2)
+        assert not claim.lost.is_set()
+
+
+async def test_a_beat_that_finds_the_job_ended_by_the_last_call_loses_nothing() -> None:
+    beats = 0
+
+    async def respond(request: Request) -> bytes | None:
+        nonlocal beats
+        if "heartbeat" in request.path:
+            beats += 1
+            return refusal(409)
+        # The last call takes its time.
+        await until(lambda: beats > 1)
+        return json_answer({**JOB, "status": "succeeded"})
+
+    async with (
+        http_server(respond) as url,
+        client_of(url) as queue,
+        keeping(queue, Job.model_validate(JOB), 1) as claim,
+    ):
+        assert await claim.end(lambda: queue.complete("1", "done"))
+        assert not claim.lost.is_set()
+
+
 async def test_a_beat_for_another_attempt_loses_the_job() -> None:
     async with answered(json_answer({**JOB, "attempt": 2})) as (claim, times):
         with anyio.fail_after(30):

@@ -13,7 +13,13 @@ import anyio
 import pytest
 
 from moonmind_ext.worker import directory
-from moonmind_ext.worker.directory import LOCK, DirectoryBusyError, job_directory, sweep
+from moonmind_ext.worker.directory import (
+    LOCK,
+    DirectoryBusyError,
+    job_directory,
+    probe,
+    sweep,
+)
 
 HOLD = """
 import sys
@@ -95,11 +101,52 @@ async def test_it_is_removed_after_a_failure_and_when_it_is_cancelled(tmp_path: 
 async def test_what_an_earlier_attempt_has_left_is_gone(tmp_path: Path) -> None:
     (tmp_path / "job-1/repo").mkdir(parents=True)
     (tmp_path / "job-1/repo/file").write_text("old")
+    (tmp_path / "job-1" / LOCK).touch()
     async with job_directory(tmp_path, "job-1") as path:
         assert [inner.name for inner in path.iterdir()] == [LOCK]
 
 
-async def test_a_directory_that_another_worker_has_is_left_to_it(tmp_path: Path) -> None:
+async def test_what_moonminds_own_worker_has_left_of_the_job_is_gone(tmp_path: Path) -> None:
+    name = "0f7dc7e5-3b8b-4a3e-9f42-6a1f0b9f2a11"
+    (tmp_path / name / "repo").mkdir(parents=True)
+    async with job_directory(tmp_path, name) as path:
+        assert [inner.name for inner in path.iterdir()] == [LOCK]
+
+
+async def test_a_directory_that_no_worker_has_left_is_not_emptied(tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "file").write_text("somebody's")
+    with pytest.raises(OSError, match="not empty"):
+        async with job_directory(tmp_path, "shared"):
+            pass
+    assert (tmp_path / "shared" / "file").read_text() == "somebody's"
+
+
+async def test_a_directory_that_another_worker_lets_go_of_is_waited_for(tmp_path: Path) -> None:
+    with other_worker(tmp_path) as other:
+
+        async def let_go() -> None:
+            await anyio.sleep(0.3)
+            assert other.stdin is not None
+            other.stdin.close()
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(let_go)
+            async with job_directory(tmp_path, "job-1") as path:
+                assert [inner.name for inner in path.iterdir()] == [LOCK]
+
+
+def test_room_for_a_job_is_tried_and_leaves_nothing(tmp_path: Path) -> None:
+    probe(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(OSError, match="No such file"):
+        probe(tmp_path / "missing")
+
+
+async def test_a_directory_that_another_worker_has_is_left_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moonmind_ext.worker.directory.BUSY_SECONDS", 0.2)
     with other_worker(tmp_path) as other:
         with pytest.raises(DirectoryBusyError, match="job-1 is in use by another worker"):
             async with job_directory(tmp_path, "job-1"):
@@ -131,7 +178,10 @@ async def test_the_directory_of_a_killed_worker_can_be_taken_at_once(tmp_path: P
         assert not (path / "repo").exists()
 
 
-async def test_two_of_one_worker_do_not_share_a_directory_either(tmp_path: Path) -> None:
+async def test_two_of_one_worker_do_not_share_a_directory_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moonmind_ext.worker.directory.BUSY_SECONDS", 0.2)
     async with job_directory(tmp_path, "job-1"):
         with pytest.raises(DirectoryBusyError):
             async with job_directory(tmp_path, "job-1"):

@@ -5,6 +5,7 @@ import ssl
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from datetime import date
 from pathlib import Path
 
 import anyio
@@ -19,6 +20,8 @@ from pipelines.masking import Masker
 from pipelines.payload import Git, Publish, PublishMode
 from tests.worker.servers import GitServer, Request, answer, certificate, git_server, http_server
 from tests.worker.support import Origin, make_origin
+
+DAY = date(2026, 2, 16)
 
 TOKEN = "ghp-0123456789abcdef"
 
@@ -220,9 +223,11 @@ async def test_a_private_repository_is_cloned_and_pushed_to_and_the_token_is_in_
 
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(watch)
-            checkout = await check_out(runner, server.url, Git(), job_id="job-1", skill="auto")
+            checkout = await check_out(
+                runner, server.url, Git(), job_id="job-1", skill="auto", day=DAY
+            )
             (runner.cwd / "repo" / "new.txt").write_text("new\n")
-            variables = separate_git(runner.cwd, checkout.commit)
+            variables = separate_git(runner.cwd, checkout)
             publisher = Runner(runner.cwd, {**runner.environment, **variables}, runner.log)
             publishing = Publish(mode=PublishMode.BRANCH)
             published = await publish(publisher, publishing, checkout, "gh")
@@ -240,20 +245,20 @@ async def test_a_wrong_token_is_a_clone_that_failed_and_shows_nothing(tmp_path: 
     wrong = "ghp-wrong-0123456789"
     async with served(tmp_path, wrong) as (server, runner, _):
         with pytest.raises(CommandError, match="^git clone failed"):
-            await check_out(runner, server.url, Git(), job_id="job-1", skill="auto")
+            await check_out(runner, server.url, Git(), job_id="job-1", skill="auto", day=DAY)
         assert server.refused > 0
         assert secrets_below(runner.cwd, wrong) == []
 
 
 async def test_a_push_without_the_right_is_refused_and_not_tried_again(tmp_path: Path) -> None:
     async with served(tmp_path) as (server, runner, _):
-        checkout = await check_out(runner, server.url, Git(), job_id="job-1", skill="auto")
+        checkout = await check_out(runner, server.url, Git(), job_id="job-1", skill="auto", day=DAY)
         (runner.cwd / "repo" / "new.txt").write_text("new\n")
         wrong = git_environment(
             {name: runner.environment[name] for name in ("PATH", "HOME", "GIT_SSL_CAINFO")},
             Credential("ghp-wrong-0123456789", host=server.host),
         )
-        variables = separate_git(runner.cwd, checkout.commit)
+        variables = separate_git(runner.cwd, checkout)
         publisher = Runner(runner.cwd, {**wrong, **variables}, runner.log)
         with pytest.raises(PublishError) as error:
             await publish(publisher, Publish(mode=PublishMode.BRANCH), checkout, "gh")

@@ -134,3 +134,18 @@ async def test_spans_of_a_job_and_of_its_engine_are_one_trace(site: Site) -> Non
     if site.engine.choice != "embedded":
         # The engine's own, below ours.
         assert any("withExec" in name or "exec" in name.split() for name in names), names
+
+
+async def test_a_failure_is_in_the_spans_without_its_text(site: Site) -> None:
+    """Exceptions hold what programs printed, masked only where it is reported."""
+    spans: list[Span] = []
+    site.origin.path.rename(site.folder / "moved")
+    async with site.desk() as desk, collector(spans) as endpoint:
+        await desk.submit(site.payload("true"), max_attempts=1)
+        with site.process(
+            desk.url, "--max-jobs", "1", OTEL_EXPORTER_OTLP_TRACES_ENDPOINT=endpoint
+        ) as process:
+            await anyio.to_thread.run_sync(process.communicate, None, WAIT_SECONDS)
+    ours = [span for span in spans if span.name in {"moonmind.job", "prepare"}]
+    assert len(ours) == 2
+    assert not any(span.events or span.status.message for span in ours)

@@ -6,7 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moonmind_ext.worker.policy import foreign_reason, image_refusal, secret_refusal
+from moonmind_ext.worker.policy import (
+    foreign_reason,
+    image_refusal,
+    secret_refusal,
+    subdir_refusal,
+)
 
 DIGEST = "sha256:" + "0" * 64
 
@@ -160,3 +165,16 @@ def test_another_secret_is_refused_by_field_and_reference(
         f"task.container.secretEnv.NPM: {reference} is not allowed on this worker; "
         f"MOONMIND_WORKER_ALLOWED_SECRETS allows {shown}"
     )
+
+
+def test_the_kernels_files_are_no_secrets_whatever_is_allowed() -> None:
+    reference = "file:///proc/self/environ"
+    assert secret_refusal("NAME", reference, ("*",)) is not None
+
+
+@pytest.mark.parametrize("subdir", ["logs", "logs/mine", "task_context.json"])
+def test_artifacts_do_not_go_where_the_workers_own_files_are(subdir: str) -> None:
+    refusal = subdir_refusal(subdir)
+    assert refusal is not None
+    assert refusal.startswith("task.container.artifactsSubdir: ")
+    assert subdir_refusal("container/logs") is None

@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from datetime import date
 from pathlib import Path
 
 import anyio
@@ -20,6 +21,8 @@ from pipelines.masking import Masker
 from pipelines.payload import Git, Publish, PublishMode
 from tests.worker.servers import until
 from tests.worker.support import Origin, git, make_origin
+
+DAY = date(2026, 2, 16)
 
 URL = "https://github.com/acme/widgets.git"
 TOKEN = "ghp-0123456789abcdef"
@@ -48,7 +51,7 @@ class Job:
         return self.folder / "repo"
 
     async def publish(self, publishing: Publish = BRANCH) -> Published:
-        variables = separate_git(self.folder, self.checkout.commit)
+        variables = separate_git(self.folder, self.checkout)
         environment = {**self.runner.environment, **variables}
         runner = Runner(self.folder, environment, self.runner.log)
         return await publish(runner, publishing, self.checkout, str(self.gh))
@@ -81,7 +84,9 @@ async def job_on(
     environment = git_environment(variables, Credential(TOKEN))
     with StageLog(directory / "stage.log", Masker([TOKEN])) as log:
         runner = Runner(directory, environment, log)
-        checkout = await check_out(runner, URL, given or Git(), job_id="job-1", skill="auto")
+        checkout = await check_out(
+            runner, URL, given or Git(), job_id="job-1", skill="auto", day=DAY
+        )
         job = Job(directory, origin, runner, checkout)
         job.gh = directory / "gh"
         yield job
@@ -90,6 +95,25 @@ async def job_on(
 @pytest.fixture
 def origin(tmp_path: Path) -> Origin:
     return make_origin(tmp_path)
+
+
+async def test_a_message_and_a_body_may_be_of_any_length(tmp_path: Path, origin: Origin) -> None:
+    long = ("word " * 40_000).strip()
+    async with job_on(origin, tmp_path) as job:
+        job.install_gh("echo https://github.com/acme/widgets/pull/7")
+        (job.repo / "new").write_text("x")
+        await job.publish(Publish(mode=PublishMode.PR, commit_message=long, pr_body=long))
+        assert (job.folder / "body.md").read_text() == long
+    assert git(origin.path, "log", "-1", "--format=%B", job.checkout.branches.working) == long
+
+
+async def test_what_fails_here_is_final(tmp_path: Path, origin: Origin) -> None:
+    async with job_on(origin, tmp_path) as job:
+        (job.repo / ".gitattributes").write_text("*.txt working-tree-encoding=no-such\n")
+        (job.repo / "a.txt").write_text("x")
+        with pytest.raises(PublishError) as error:
+            await job.publish()
+    assert error.value.is_refused
 
 
 async def test_without_changes_nothing_is_published(tmp_path: Path, origin: Origin) -> None:
@@ -239,13 +263,15 @@ async def test_a_pull_request_is_opened_for_the_branch(tmp_path: Path, origin: O
         (job.repo / "file").write_text("1")
         job.install_gh("echo https://github.com/acme/widgets/pull/7")
         published = await job.publish(publishing)
+        body = job.folder / "body.md"
+        assert body.read_text() == "$(id)\n`id`"
     branch = job.checkout.branches.working
     assert published.url == "https://github.com/acme/widgets/pull/7"
     assert published.note == "published PR https://github.com/acme/widgets/pull/7"
     (call,) = job.gh_calls()
     assert call == [
         *("pr", "create", "--base", "main", "--head", branch),
-        *("--title", "-t 'x'", "--body", "$(id)\n`id`", "--repo", URL),
+        *("--title", "-t 'x'", "--body-file", str(body), "--repo", URL),
     ]
     # By the environment alone, and in no log.
     assert (job.folder / "gh.token").read_text() == f"{TOKEN}\n"

@@ -19,6 +19,7 @@ from moonmind_ext.worker.settings import (
     check_workdir,
     check_worker_id,
     read_memory,
+    read_patterns,
     read_vault,
     split_list,
 )
@@ -213,6 +214,16 @@ def test_a_list_has_no_blanks_and_nothing_twice() -> None:
     assert split_list("") == ()
 
 
+@pytest.mark.parametrize("blank", ["", " ", ","])
+def test_a_setting_that_is_empty_does_not_allow_what_the_default_does(blank: str) -> None:
+    name = "MOONMIND_WORKER_ALLOWED_SECRETS"
+    with pytest.raises(SettingsError, match=f"{name}: is empty; .*none for nothing"):
+        # The command line takes an empty variable for none, and gives the default.
+        read_patterns(name, {name: blank}, "vault://*", may_be_none=True)
+    assert read_patterns(name, {}, "vault://*") == ("vault://*",)
+    assert read_patterns(name, {name: "none"}, "none", may_be_none=True) == ()
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [("", None), (" ", None), ("512m", 512 << 20), ("1.5g", 3 << 29), (" 16GiB ", 16 << 30)],
@@ -261,6 +272,7 @@ def test_a_vault_has_moonminds_settings(tmp_path: Path) -> None:
     expected = VaultSettings(
         address="https://vault.example",
         token=VAULT,
+        token_file=tmp_path / "token",
         namespace="team",
         mounts=("kv", "ci"),
         seconds=2.5,

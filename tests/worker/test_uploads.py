@@ -290,7 +290,25 @@ async def test_a_server_that_stays_away_is_given_up_and_every_file_is_named(
     assert len(uploaded.missing) == 12
     # The first were waited for, and those after them not again.
     assert asked[b"container/f0"] > 1
-    assert [asked[f"container/f{n}".encode()] for n in range(uploads.AT_ONCE, 12)] == [1] * 8
+    assert [asked[f"container/f{n}".encode()] for n in range(uploads.AT_ONCE, 12)] == [0] * 8
+
+
+async def test_files_for_which_there_was_no_time_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploads, "ALL_SECONDS", 0.5)
+
+    async def respond(request: Request) -> bytes | None:
+        # The first arrives; of the others nobody hears.
+        return json_answer({}, 201) if b"container/f0" in request.body else None
+
+    async with http_server(respond) as url, client_of(url) as queue:
+        with anyio.fail_after(20):
+            files = files_of(tmp_path, *[b"x"] * 6)
+            uploaded = await Uploader(queue, "1", Masker()).upload(files)
+    assert uploaded.missing == {
+        f"container/f{n}": "there was no time left for it" for n in range(1, 6)
+    }
 
 
 async def test_not_more_than_a_few_files_are_on_their_way_at_once(tmp_path: Path) -> None:

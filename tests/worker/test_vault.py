@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -84,7 +85,7 @@ async def test_without_a_vault_or_on_another_mount_nobody_is_asked() -> None:
 
 @pytest.mark.parametrize(
     ("status", "may_pass"),
-    [(400, False), (403, False), (404, False), (429, True), (500, True), (503, True)],
+    [(400, False), (403, True), (404, False), (429, True), (500, True), (503, True)],
 )
 async def test_a_refusal_says_its_status_and_whether_it_may_pass(
     status: int, may_pass: bool
@@ -92,6 +93,22 @@ async def test_a_refusal_says_its_status_and_whether_it_may_pass(
     error = await refused(refusal(status, message=f"{TOKEN} {VALUE}"))
     assert f"Vault: {status} " in str(error)
     assert error.may_pass is may_pass
+
+
+async def test_a_token_from_a_file_is_read_for_every_request(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    async with vault(kv({"token": VALUE}), token_file=file) as (where, asked):
+        for token in ("first-token", "second-token"):
+            file.write_text(f"{token}\n")
+            await read_secret(where, REFERENCE)
+        file.unlink()
+        with pytest.raises(VaultError) as error:
+            await read_secret(where, REFERENCE)
+    assert [request.headers["x-vault-token"] for request in asked] == [
+        "first-token",
+        "second-token",
+    ]
+    assert error.value.may_pass
 
 
 async def test_a_redirection_does_not_carry_the_token_elsewhere() -> None:

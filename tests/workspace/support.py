@@ -21,7 +21,7 @@ def as_ordinary_user(folder: Path, module: str, script: str) -> str:
     str
         What it prints.
     """
-    for parent in (*folder.parents[:2], folder):
+    for parent in (*folder.parents[:3], folder):
         parent.chmod(0o755)
     if os.getuid() == 0:
         os.chown(folder, 65534, 65534)
