@@ -7,8 +7,9 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/moonmind-ext demo --output demo-output
 
+# On several cores; more than four would wait for the same disk.
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4
 
 # Long and rough: JOBS, SEED (the last one's is in its output) and ENGINE (embedded, dagger).
 soak: .venv/installed
