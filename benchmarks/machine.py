@@ -11,7 +11,7 @@ def describe() -> dict[str, object]:
         "cpu": _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-        "kernel": platform.release(),
+        "kernel": ".".join(platform.release().split(".")[:2]),
         "python": platform.python_version(),
         # Above the cores, somebody else was at work too.
         "load": round(os.getloadavg()[0], 2),
