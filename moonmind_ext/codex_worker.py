@@ -23,7 +23,7 @@ from moonmind_ext.engine.choice import EngineChoice
 from moonmind_ext.engine.session import NoEngineError
 from moonmind_ext.run.events import Event, Level, Phase
 from moonmind_ext.run.output import OutputError
-from moonmind_ext.run.secrets import SecretError, resolve_secrets
+from moonmind_ext.run.secrets import SecretError
 from moonmind_ext.run.task import RunRequest, run_task
 from moonmind_ext.worker import stages
 from moonmind_ext.worker.ending import completed
@@ -32,9 +32,8 @@ from moonmind_ext.worker.feed import Feed
 from moonmind_ext.worker.metrics import Metrics
 from moonmind_ext.worker.policy import image_refusal, secret_refusal
 from moonmind_ext.worker.queue import without_nul
+from moonmind_ext.worker.secrets import payload_secrets
 from moonmind_ext.worker.settings import (
-    TELEMETRY_SECRETS,
-    WORKER_SECRETS,
     SettingsError,
     VaultSettings,
     WorkerSettings,
@@ -49,7 +48,7 @@ from moonmind_ext.worker.uploads import (
     part_names,
     read_part,
 )
-from moonmind_ext.worker.vault import VaultError, read_secret
+from moonmind_ext.worker.vault import VaultError
 from moonmind_ext.workspace.errors import WorkspaceError
 from pipelines.concurrency import task_group
 from pipelines.masking import Masker
@@ -59,7 +58,6 @@ from pipelines.payload import (
     TaskPayload,
     WriteBack,
     parse_payload,
-    parse_secret_reference,
 )
 from pipelines.plan import DEFAULT_HELPER_IMAGE, Defaults, Plan, plan_task
 from pipelines.report import Outcome
@@ -391,24 +389,10 @@ class _Execution:
 
     async def _secrets(self, plan: Plan) -> dict[str, str]:
         """Resolve the payload's references."""
-        in_vault = {
-            name: text
-            for name, text in plan.secret_env.items()
-            if parse_secret_reference(text).scheme == "vault"
-        }
-        own = {name: text for name, text in plan.secret_env.items() if name not in in_vault}
-        environment = {
-            name: value
-            for name, value in os.environ.items()
-            if name not in (*WORKER_SECRETS, *TELEMETRY_SECRETS)
-        }
         try:
-            secrets = resolve_secrets(own, environment=environment, given={})
-            for name, text in in_vault.items():
-                secrets[name] = (await read_secret(self.settings.vault, text)).value
+            return await payload_secrets(plan.secret_env, self.settings)
         except (SecretError, VaultError) as error:
             raise _NotRunError(str(error)) from error
-        return secrets
 
     async def _run(
         self, payload: TaskPayload, plan: Plan, secrets: Mapping[str, str]

@@ -12,7 +12,7 @@ from anyio.abc import TaskGroup, TaskStatus
 from moonmind_ext.engine.choice import EngineChoice
 from moonmind_ext.engine.session import EngineSession, NoEngineError, open_session
 from moonmind_ext.worker.metrics import Metrics
-from moonmind_ext.worker.settings import WORKER_SECRETS
+from moonmind_ext.worker.settings import without_secrets
 from pipelines.concurrency import task_group
 
 MAX_AGE_SECONDS = 3600.0
@@ -118,14 +118,11 @@ class EngineKeeper:
 
     async def _hold(self, *, task_status: TaskStatus[_Lent]) -> None:
         """Keep one session open until it is retired and nobody uses it."""
-        environment = {
-            name: value for name, value in os.environ.items() if name not in WORKER_SECRETS
-        }
         lent = None
         try:
             async with open_session(
                 self._choice,
-                environment=environment,
+                environment=without_secrets(os.environ),
                 open_seconds=self._open_seconds,
                 for_many=True,
             ) as session:

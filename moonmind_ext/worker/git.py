@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from moonmind_ext.worker.settings import TELEMETRY_SECRETS, WORKER_SECRETS
+from moonmind_ext.worker.settings import TELEMETRY_SECRETS, without_secrets
 
 CLONE_SECONDS = 1800.0
 """For a clone or a push. A repository of some GB takes minutes; one that stands still
@@ -93,8 +93,7 @@ def git_environment(
     environment
         The worker's own; its credentials are left out.
     """
-    left_out = {*WORKER_SECRETS, *TELEMETRY_SECRETS}
-    result = {name: value for name, value in environment.items() if name not in left_out}
+    result = without_secrets(environment, *TELEMETRY_SECRETS)
     settings = dict(_SETTINGS)
     if credential is not None:
         settings[f"http.https://{credential.host}/.extraHeader"] = (

@@ -20,7 +20,7 @@ from opentelemetry import trace
 from moonmind_ext.engine.session import NoEngineError
 from moonmind_ext.run.events import LOG, Event, Level, Phase
 from moonmind_ext.run.output import OutputError
-from moonmind_ext.run.secrets import SecretError, resolve_secrets
+from moonmind_ext.run.secrets import SecretError
 from moonmind_ext.run.stage_log import StageLog
 from moonmind_ext.run.task import RunRequest, run_task
 from moonmind_ext.worker import stages
@@ -46,7 +46,8 @@ from moonmind_ext.worker.policy import image_refusal, secret_refusal, subdir_ref
 from moonmind_ext.worker.process import CommandError, Runner
 from moonmind_ext.worker.publish import Published, PublishError, publish, separate_git
 from moonmind_ext.worker.queue import QueueClient
-from moonmind_ext.worker.settings import TELEMETRY_SECRETS, WORKER_SECRETS, WorkerSettings
+from moonmind_ext.worker.secrets import payload_secrets
+from moonmind_ext.worker.settings import WorkerSettings
 from moonmind_ext.worker.telemetry import begin_span, job_trace, span
 from moonmind_ext.worker.uploads import Uploader, job_files
 from moonmind_ext.worker.vault import VaultError, read_secret
@@ -60,7 +61,6 @@ from pipelines.payload import (
     TaskPayload,
     WriteBack,
     parse_payload,
-    parse_secret_reference,
 )
 from pipelines.plan import Defaults, Plan, plan_task
 from pipelines.report import Outcome
@@ -265,18 +265,8 @@ class JobLife:
 
     async def _secrets(self, plan: Plan) -> dict[str, str]:
         """Resolve the payload's references; from now on their values are masked."""
-        settings = self._shop.settings
-        own = {name: text for name, text in plan.secret_env.items() if not _is_vault(text)}
-        environment = {
-            name: value
-            for name, value in os.environ.items()
-            if name not in (*WORKER_SECRETS, *TELEMETRY_SECRETS)
-        }
         try:
-            secrets = resolve_secrets(own, environment=environment, given={})
-            for name, text in plan.secret_env.items():
-                if _is_vault(text):
-                    secrets[name] = (await read_secret(settings.vault, text)).value
+            secrets = await payload_secrets(plan.secret_env, self._shop.settings)
         except SecretError as error:
             raise JobEndedError(failed(INVALID, str(error), retryable=False)) from error
         except VaultError as error:
@@ -533,10 +523,6 @@ class _Observer:
     def phase_finished(self, phase: Phase, seconds: float) -> None:
         self._spans.pop(phase).end()
         self._metrics.phase(f"run.{phase}", seconds)
-
-
-def _is_vault(reference: str) -> bool:
-    return parse_secret_reference(reference).scheme == "vault"
 
 
 def _gh() -> str:

@@ -127,6 +127,12 @@ class WorkerSettings:
         return tuple(value for value in (self.token, self.github_token, vault) if value)
 
 
+def without_secrets(environment: Mapping[str, str], *others: str) -> dict[str, str]:
+    """Give an environment without the worker's own credentials, and without others."""
+    left_out = {*WORKER_SECRETS, *others}
+    return {name: value for name, value in environment.items() if name not in left_out}
+
+
 def check_url(url: str) -> str:
     """Give the address of the queue in its one form.
 
