@@ -11,7 +11,9 @@ from benchmarks.workload import Repository
 from moonmind_ext.workspace.bases import Bases
 from moonmind_ext.workspace.manifest import look, read
 from moonmind_ext.workspace.send import Size, send_workspace
+from moonmind_ext.workspace.source import Standing
 from pipelines.payload import WorkspaceFilter
+from pipelines.report import Source
 
 SIZES = (100, 1_000, 10_000, 20_000)
 QUICK_SIZES = (100, 1_000)
@@ -85,14 +87,18 @@ async def _round(
         clone = clone.rename(bench.new_path("clone"))
         await timed(name, Bases() if name is FIRST else None)
     with (watch := Watch()):
-        read(clone, look(clone))
+        read(clone, look(clone), {})
     measured.add(HASHING, watch)
     shutil.rmtree(clone)
 
 
 async def _send(ours: Desk, workspace: Path, bases: Bases | None) -> Size:
     _, size = await send_workspace(
-        ours.session.client, workspace, WorkspaceFilter(), bases=bases, name="acme/widgets"
+        ours.session.client,
+        workspace,
+        WorkspaceFilter(),
+        bases=bases,
+        standing=Standing(Source(repository="acme/widgets")),
     )
     return size
 

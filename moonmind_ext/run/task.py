@@ -16,7 +16,6 @@ import anyio.to_thread
 import dagger
 
 from moonmind_ext.engine.live import joined, traced
-from moonmind_ext.engine.registry import current_reference
 from moonmind_ext.engine.session import EngineSession
 from moonmind_ext.run.events import FINISHED, STARTED, Event, Level, Observer, Phase, Stopwatch
 from moonmind_ext.run.export import Exporter, Results
@@ -26,7 +25,7 @@ from moonmind_ext.run.stage_log import StageLog
 from moonmind_ext.workspace.errors import WorkspaceError
 from moonmind_ext.workspace.journal import OURS, recover
 from moonmind_ext.workspace.send import Size, send_workspace
-from moonmind_ext.workspace.source import read_source
+from moonmind_ext.workspace.source import Standing, read_standing
 from pipelines.artifacts import RESERVED_DIRECTORIES
 from pipelines.concurrency import task_group, together, unless
 from pipelines.container_task import (
@@ -139,8 +138,8 @@ async def run_task(
 class _Progress:
     """How far a run has come."""
 
+    standing: Standing
     size: Size | None = None
-    source: Source | None = None
     image: Image | None = None
     execution: Execution | None = None
     results: Results = field(default_factory=Results)
@@ -167,9 +166,10 @@ class _Run:
         self.hidden = {**self.plan.secret_values, **request.secrets}
         self.masker = Masker(self.hidden.values())
         self.watch = Stopwatch(observer)
-        self.progress = _Progress()
+        self.progress = _Progress(Standing(Source(repository=self.plan.repository)))
         self.began = datetime.now(UTC)
         self.unreadable: WorkspaceError | None = None
+        self.standing_read = anyio.Event()
         # Whether the output was seen live; what was not is shown at the end.
         self.shown = False
 
@@ -250,19 +250,22 @@ class _Run:
     async def _prepare(self) -> tuple[dagger.Directory, Image] | None:
         """Send the workspace and bring the image; None when stopped meanwhile."""
         ready = await unless(
-            self.stop, together(self._send(), self._resolve(), self._read_source())
+            self.stop, together(self._send(), self._resolve(), self._read_standing())
         )
         if ready is None:
             self.say("stopped before the command began")
             return None
         return ready[:2]
 
-    async def _read_source(self) -> None:
-        self.progress.source = await read_source(self.request.workspace, self.plan.repository)
+    async def _read_standing(self) -> None:
+        self.progress.standing = await read_standing(self.request.workspace, self.plan.repository)
+        self.standing_read.set()
 
     async def _send(self) -> dagger.Directory:
         workspace = self.request.workspace
         with self._phase(Phase.WORKSPACE), engine_failures("sending the workspace"):
+            if self.session.bases is None:
+                await self.standing_read.wait()
             if await anyio.to_thread.run_sync(recover, workspace):
                 self.progress.results.warnings.append(
                     "an earlier run was killed while it wrote back; its changes were completed"
@@ -279,7 +282,7 @@ class _Run:
                     *workspace.glob(f"{OURS}*"),
                 ],
                 bases=self.session.bases,
-                name=self.plan.repository,
+                standing=self.progress.standing,
             )
             return directory
 
@@ -288,7 +291,7 @@ class _Run:
             reference = self.plan.image
             if self.plan.pull is PullMode.ALWAYS and self.session.kind == "dagger":
                 reference = await anyio.to_thread.run_sync(
-                    current_reference, reference, abandon_on_cancel=True
+                    _current_reference, reference, abandon_on_cancel=True
                 )
             key = reference, self.request.helper_image
             image = self.session.images.get(key)
@@ -415,7 +418,7 @@ class _Run:
                 uploaded_bytes=size.uploaded_bytes if size else None,
                 written_back=results.written_back,
             ),
-            source=progress.source or Source(repository=plan.repository),
+            source=progress.standing.source,
             warnings=warnings,
             artifacts=results.artifacts,
             log=results.log,
@@ -436,6 +439,13 @@ class _Run:
         (artifacts / "metadata" / "payload.json").write_text(text, "utf-8", "replace")
         (artifacts / "metadata" / "run.json").write_text(report.to_json(), "utf-8")
         artifacts.rename(target)
+
+
+def _current_reference(reference: str) -> str:
+    # What talks to registries takes longer to import than a short task takes.
+    from moonmind_ext.engine.registry import current_reference
+
+    return current_reference(reference)
 
 
 def _finished(report: RunReport, plan: Plan) -> dict[str, Any]:

@@ -16,8 +16,6 @@ LOCAL_SECONDS = 120.0
 
 _STALLED_SECONDS = 60
 
-"""What gh reads for other hosts than GitHub's own."""
-
 _SETTINGS = {
     # What a task has changed must not run outside of its container: not a hook, not a
     # file system monitor. Nor may git leave a process behind.

@@ -11,17 +11,18 @@ import stat
 import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 from weakref import WeakValueDictionary
 
 import anyio
 import anyio.to_thread
 
-from moonmind_ext.workspace.delta import Delta, compare, is_small, parents
+from moonmind_ext.workspace.delta import Delta, compare, is_small, parents, set_apart
+from moonmind_ext.workspace.index import WORTH_BYTES, WORTH_FILES, vouched
 from moonmind_ext.workspace.manifest import (
     TICK_NS,
     Manifest,
@@ -29,10 +30,10 @@ from moonmind_ext.workspace.manifest import (
     Stamp,
     Stamps,
     changed_between,
-    copy,
     look,
     read,
 )
+from moonmind_ext.workspace.stage import stage
 from pipelines.concurrency import together
 
 if TYPE_CHECKING:
@@ -52,6 +53,17 @@ send can put right."""
 GITIGNORE = ".gitignore"
 
 
+class HostDirectory(Protocol):
+    """Makes the engine's view of a directory of this host, not sent before it is synced.
+
+    It is filtered as the payload says, and lacks `without`: paths that are patterns of
+    themselves.
+    """
+
+    def __call__(self, path: Path, without: Sequence[str] = ()) -> "dagger.Directory":
+        """Make it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
     """A workspace that is to be sent.
@@ -62,17 +74,17 @@ class Source:
         Absolute.
     left_out
         Relative paths that do not go along.
-    host_directory
-        Makes the engine's view of a directory of this host, filtered as the payload
-        says; not sent before it is synced.
+    touched
+        Relative paths that are likely to be others the next time.
     filtered, includes, gitignore
-        Whether that leaves something out, and whether by what is included or by
-        `.gitignore` files. What is left out may be unreadable.
+        Whether `host_directory` leaves something out, and whether by what is included
+        or by `.gitignore` files. What is left out may be unreadable.
     """
 
     root: Path
     left_out: frozenset[str]
-    host_directory: "Callable[[Path], dagger.Directory]"
+    host_directory: HostDirectory
+    touched: Sequence[str]
     filtered: bool
     includes: bool
     gitignore: bool
@@ -83,7 +95,28 @@ class Source:
 
     def read(self, stamps: Stamps) -> dict[str, Node]:
         """Read everything; blocking."""
-        return read(self.root, stamps, all_readable=not self.filtered)
+        size = sum(stamp.size for stamp in stamps.values() if stamp.is_file)
+        is_much = len(stamps) >= WORTH_FILES or size >= WORTH_BYTES
+        known = vouched(self.root, stamps) if is_much else {}
+        return read(self.root, stamps, known, all_readable=not self.filtered)
+
+    def apart(self, stamps: Stamps) -> tuple[str, ...]:
+        """Choose what is to be sent by itself."""
+        if self.includes:
+            # A directory is there for what is included of it.
+            return ()
+        chosen = set_apart(stamps, self.touched)
+        return tuple(
+            path
+            for path in chosen
+            if os.access(self.root / path, os.R_OK)
+            # They decide about files that are not apart.
+            and not (self.gitignore and _is_ignore_file(path))
+        )
+
+    def ignore_files(self, stamps: Stamps) -> list[str]:
+        """List the files that say what the engine is to leave out, if any do."""
+        return [path for path in stamps if _is_ignore_file(path)] if self.gitignore else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +212,8 @@ async def send_whole(source: Source, *, digests: bool) -> tuple[Sent, Manifest]:
     Parameters
     ----------
     digests
-        Whether to read it too, at the same time.
+        Whether to read it too, at the same time: for a base, which is sent once from
+        where it is.
 
     Returns
     -------
@@ -192,10 +226,8 @@ async def send_whole(source: Source, *, digests: bool) -> tuple[Sent, Manifest]:
 
     for attempt in range(1, BASE_ATTEMPTS + 1):
         began, stamps = await anyio.to_thread.run_sync(_look_at_rest, source)
-        directory, manifest = await together(
-            source.host_directory(source.root).sync(),
-            read_all(),
-        )
+        apart = () if digests else source.apart(stamps)
+        directory, manifest = await together(_send_parts(source, stamps, apart), read_all())
         after = await anyio.to_thread.run_sync(source.look)
         changed = changed_between(stamps, after, began)
         if not changed:
@@ -203,9 +235,22 @@ async def send_whole(source: Source, *, digests: bool) -> tuple[Sent, Manifest]:
         delta = _again(changed, stamps, after)
         if delta.is_expressible or attempt == BASE_ATTEMPTS:
             break
-    directory, nodes, _ = await _put_over(directory, delta, source, ())
+    directory, nodes, _ = await _put_over(directory, delta, source, source.ignore_files(after))
     kept = {path: node for path, node in manifest.items() if path not in changed}
     return Sent(directory, after, None), {**kept, **nodes}
+
+
+async def _send_parts(source: Source, stamps: Stamps, apart: Sequence[str]) -> "dagger.Directory":
+    """Send everything, and some of it by itself.
+
+    An engine that knows a directory from an earlier session asks for what changed in it,
+    but makes a copy of all of it then: 2.4 s of 20,000 files, instead of 0.5 s.
+    """
+    directory = await source.host_directory(source.root, apart).sync()
+    if apart:
+        delta = Delta(changed=tuple(apart), removed_files=(), removed_directories=())
+        directory, _, _ = await _put_over(directory, delta, source, source.ignore_files(stamps))
+    return directory
 
 
 async def _send_difference(base: _Base, source: Source) -> Sent | None:
@@ -221,10 +266,8 @@ async def _send_difference(base: _Base, source: Source) -> Sent | None:
     ):
         # A directory is there for what is included of it, which only a whole send knows.
         return None
-    ignore_files = [path for path in manifest if path.rpartition("/")[2] == GITIGNORE]
-    if source.gitignore and not set(ignore_files).isdisjoint(
-        {*delta.changed, *delta.removed_files}
-    ):
+    ignore_files = source.ignore_files(stamps)
+    if not set(ignore_files).isdisjoint({*delta.changed, *delta.removed_files}):
         # It may decide about files that have not changed.
         return None
     sizes = [stamps[path].size for path in delta.changed if stamps[path].is_file]
@@ -233,9 +276,12 @@ async def _send_difference(base: _Base, source: Source) -> Sent | None:
         return None
     if delta.is_empty:
         return Sent(base.directory, stamps, 0)
-    with_it = ignore_files if source.gitignore else []
-    directory, _, uploaded = await _put_over(base.directory, delta, source, with_it)
+    directory, _, uploaded = await _put_over(base.directory, delta, source, ignore_files)
     return Sent(directory, stamps, uploaded)
+
+
+def _is_ignore_file(path: str) -> bool:
+    return path.rpartition("/")[2] == GITIGNORE
 
 
 def _look_at_rest(source: Source) -> tuple[int, dict[str, Stamp]]:
@@ -306,7 +352,7 @@ async def _put_over(
     with tempfile.TemporaryDirectory(prefix="moonmind-delta-") as folder:
         staging = Path(folder, "changes")
         paths = {*delta.changed, *with_it}
-        nodes = await anyio.to_thread.run_sync(_stage, source.root, staging, paths)
+        nodes = await anyio.to_thread.run_sync(stage, source.root, staging, paths)
         if nodes:
             directory = directory.with_directory("/", source.host_directory(staging))
         # Before the staging directory is gone.
@@ -317,40 +363,3 @@ async def _put_over(
             if stat.S_ISREG(node.mode)
         )
     return directory, {path: nodes[path] for path in delta.changed if path in nodes}, size
-
-
-def _stage(root: Path, staging: Path, paths: Iterable[str]) -> dict[str, Node]:
-    """Copy paths of a workspace, with the directories that they are in; blocking."""
-    wanted = {"", *paths}
-    wanted.update(parent for path in paths for parent in parents(path))
-    nodes: dict[str, Node] = {}
-    # Parents come before what is in them.
-    for path in sorted(wanted):
-        try:
-            node = _stage_one(root / path, staging / path)
-        except (FileNotFoundError, NotADirectoryError):
-            # It has gone since.
-            continue
-        if node is not None:
-            nodes[path] = node
-    for path, node in reversed(nodes.items()):
-        if stat.S_ISDIR(node.mode):
-            # Only now: some may not be written into.
-            (staging / path).chmod(stat.S_IMODE(node.mode))
-    return nodes
-
-
-def _stage_one(source: Path, target: Path) -> Node | None:
-    status = source.lstat()
-    mode = status.st_mode
-    if stat.S_ISDIR(mode):
-        target.mkdir(mode=stat.S_IRWXU)
-        return Node(mode, b"")
-    if stat.S_ISLNK(mode):
-        # Not as a path, which would write it in another way.
-        link = os.readlink(source)  # noqa: PTH115
-        target.symlink_to(link)
-        return Node(mode, os.fsencode(link))
-    if stat.S_ISREG(mode):
-        return Node(mode, copy(source, target))
-    return None

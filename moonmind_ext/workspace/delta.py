@@ -2,10 +2,10 @@
 
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from moonmind_ext.workspace.manifest import Manifest
+from moonmind_ext.workspace.manifest import Manifest, Stamps
 
 MAX_SHARE = 0.25
 """Of a workspace, by files and by bytes: beyond it, the next base is due. Sending a
@@ -19,6 +19,9 @@ FREE_BYTES = 8 << 20
 
 MAX_REMOVED = 1000
 """Paths to be taken out of a base: each is a pattern that the engine goes through."""
+
+APART_FILES = 2000
+"""Of a workspace. Sending one of less again costs no more than sending it in two parts."""
 
 _PLAIN = re.compile(r"[\w./+@ ,=~:;#%&()'$-]+")
 """Names that are patterns of themselves alone: the engine takes what it is to remove as
@@ -53,9 +56,7 @@ class Delta:
         removed = (*self.removed_files, *self.removed_directories)
         # The root itself is not brought.
         return (
-            "" not in self.changed
-            and len(removed) <= MAX_REMOVED
-            and all(_PLAIN.fullmatch(path) and path == path.strip() for path in removed)
+            "" not in self.changed and len(removed) <= MAX_REMOVED and all(map(_is_plain, removed))
         )
 
 
@@ -74,6 +75,37 @@ def compare(before: Manifest, after: Manifest) -> Delta:
         removed_files=tuple(p for p in topmost if not stat.S_ISDIR(before[p].mode)),
         removed_directories=tuple(p for p in topmost if stat.S_ISDIR(before[p].mode)),
     )
+
+
+def set_apart(stamps: Stamps, touched: Iterable[str]) -> tuple[str, ...]:
+    """Choose the files that are likely to be others the next time.
+
+    Parameters
+    ----------
+    stamps
+        Of a workspace.
+    touched
+        Relative paths that somebody works on. What git itself changes all the time is
+        added.
+
+    Returns
+    -------
+    tuple
+        Relative paths; none where they would be too much, or the workspace is small.
+    """
+    if len(stamps) < APART_FILES:
+        return ()
+    git = (path for path in stamps if path.startswith(".git/"))
+    chosen = {path for path in git if not path.startswith(".git/objects/")}
+    chosen.update(path for path in touched if path in stamps)
+    apart = sorted(path for path in chosen if stamps[path].is_file and _is_plain(path))
+    size = sum(stamps[path].size for path in apart)
+    total = sum(stamp.size for stamp in stamps.values() if stamp.is_file)
+    return tuple(apart) if is_small(len(apart), size, files=len(stamps), size_of_all=total) else ()
+
+
+def _is_plain(path: str) -> bool:
+    return _PLAIN.fullmatch(path) is not None and path == path.strip()
 
 
 def parents(path: str) -> Iterator[str]:

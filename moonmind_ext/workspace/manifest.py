@@ -78,7 +78,8 @@ class Node(NamedTuple):
     mode
         Type and permissions, as `st_mode`.
     content
-        SHA-256 of a file, the target of a link; nothing for a directory.
+        SHA-256 of a file, or what git has in its place (`index.vouched`), which is
+        shorter; the target of a link; nothing for a directory.
     """
 
     mode: int
@@ -152,13 +153,17 @@ def changed_between(before: Stamps, after: Stamps, began_ns: int) -> set[str]:
     }
 
 
-def read(root: Path, stamps: Stamps, *, all_readable: bool = True) -> dict[str, Node]:
+def read(
+    root: Path, stamps: Stamps, known: Mapping[str, bytes], *, all_readable: bool = True
+) -> dict[str, Node]:
     """Read everything that was stamped; blocking.
 
     What is not there any more is left out.
 
     Parameters
     ----------
+    known
+        The content of files that need not be read.
     all_readable
         Whether a file that cannot be read is an error, rather than empty.
 
@@ -169,9 +174,15 @@ def read(root: Path, stamps: Stamps, *, all_readable: bool = True) -> dict[str, 
     """
 
     def read_one(path: str) -> Node | None:
+        if (content := known.get(path)) is not None:
+            return Node(stamps[path].mode, content)
         return _read_node(f"{root}/{path}", stamps[path], all_readable)
 
-    big = [path for path, stamp in stamps.items() if stamp.is_file and stamp.size > BIG_BYTES]
+    big = [
+        path
+        for path, stamp in stamps.items()
+        if stamp.size > BIG_BYTES and stamp.is_file and path not in known
+    ]
     with ThreadPoolExecutor(THREADS) as threads:
         # While the big ones are hashed outside of the interpreter, the small ones are
         # read here: between threads they would only pass the interpreter around.

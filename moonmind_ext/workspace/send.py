@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from moonmind_ext.workspace.bases import Bases, Source, send_whole
 from moonmind_ext.workspace.errors import WorkspaceError
 from moonmind_ext.workspace.manifest import Stamps
+from moonmind_ext.workspace.source import NOWHERE, Standing
 from pipelines.payload import WorkspaceFilter
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ async def send_workspace(
     *,
     leave_out: Sequence[Path] = (),
     bases: Bases | None = None,
-    name: str = "",
+    standing: Standing = NOWHERE,
 ) -> "tuple[dagger.Directory, Size]":
     """Send a workspace.
 
@@ -61,8 +62,9 @@ async def send_workspace(
         output directory. Those that are not below `root` do not matter.
     bases
         What was sent before in this session; None sends the whole.
-    name
-        Of the repository: workspaces of one name have most in common.
+    standing
+        Workspaces of one repository have most in common. And where the whole is sent,
+        what somebody works on goes by itself: the next session finds the rest as it was.
 
     Raises
     ------
@@ -75,7 +77,7 @@ async def send_workspace(
 
     left_out = _relative(root, leave_out)
 
-    def host_directory(path: Path) -> dagger.Directory:
+    def host_directory(path: Path, without: Sequence[str] = ()) -> dagger.Directory:
         # Without `no_cache` a second look at the same path in one session gives what
         # the first one saw.
         return client.host().directory(
@@ -83,7 +85,7 @@ async def send_workspace(
             include=list(chosen.include),
             # The last pattern that matches decides: `!` in a payload takes nothing of
             # ours back.
-            exclude=[*chosen.exclude, *map(escape_pattern, left_out)],
+            exclude=[*chosen.exclude, *map(escape_pattern, left_out), *without],
             gitignore=chosen.gitignore,
             no_cache=True,
         )
@@ -93,6 +95,7 @@ async def send_workspace(
         root=root,
         left_out=frozenset(left_out),
         host_directory=host_directory,
+        touched=standing.touched,
         filtered=filtered,
         includes=bool(chosen.include),
         gitignore=chosen.gitignore,
@@ -101,7 +104,9 @@ async def send_workspace(
         if bases is None:
             sent, _ = await send_whole(source, digests=False)
         else:
-            sent = await bases.send(f"{name}\n{chosen.model_dump_json()}", source)
+            sent = await bases.send(
+                f"{standing.source.repository}\n{chosen.model_dump_json()}", source
+            )
     except dagger.QueryError as error:
         if "permission denied" in str(error).lower():
             raise WorkspaceError(f"{root}: something in it cannot be read: {error}") from error

@@ -14,10 +14,13 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from moonmind_ext.engine.session import EngineSession
+from moonmind_ext.workspace import delta
 from moonmind_ext.workspace.bases import Bases
 from moonmind_ext.workspace.send import Size, send_workspace
+from moonmind_ext.workspace.source import Standing
 from pipelines.concurrency import together
 from pipelines.payload import WorkspaceFilter
+from pipelines.report import Source
 from tests.engines import Engine
 from tests.workspace.desk import listing
 
@@ -90,12 +93,18 @@ class Desk:
         self.bases = Bases()
 
     async def send(
-        self, root: Path, chosen: WorkspaceFilter = EVERYTHING, *, whole: bool = False
+        self,
+        root: Path,
+        chosen: WorkspaceFilter = EVERYTHING,
+        *,
+        whole: bool = False,
+        touched: tuple[str, ...] = (),
     ) -> tuple[dict[str, tuple[int, bytes]], Size]:
         """Send a workspace, and see what arrived."""
         bases = None if whole else self.bases
         client = self.session.client
-        directory, size = await send_workspace(client, root, chosen, bases=bases, name="acme/w")
+        standing = Standing(Source(repository="acme/w"), touched)
+        directory, size = await send_workspace(client, root, chosen, bases=bases, standing=standing)
         with TemporaryDirectory(dir=self.folder) as out:
             await directory.export(f"{out}/tree")
             return listing(Path(out, "tree")), size
@@ -173,6 +182,32 @@ def test_a_filter_takes_the_same_of_a_difference(
                 arrived, _ = await desk.send(root, chosen)
             whole, _ = await desk.send(root, chosen, whole=True)
             assert arrived == whole
+
+    call(work)
+
+
+paths = st.lists(st.sampled_from(NAMES), min_size=1, max_size=3).map("/".join)
+
+
+@given(tree=trees, touched=st.lists(paths, max_size=8), chosen=filters)
+@examples
+def test_what_is_worked_on_goes_by_itself_and_makes_no_difference(
+    call: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tree: Nodes,
+    touched: list[str],
+    chosen: WorkspaceFilter,
+) -> None:
+    assume(not chosen.gitignore or ignores_by_files(tree))
+    monkeypatch.setattr(delta, "APART_FILES", 0)
+
+    async def work(desk: Desk) -> None:
+        with TemporaryDirectory(dir=desk.folder) as folder:
+            root = Path(folder, "w")
+            write(tree, root)
+            apart, _ = await desk.send(root, chosen, whole=True, touched=(*tree, *touched))
+            whole, _ = await desk.send(root, chosen, whole=True)
+            assert apart == whole
 
     call(work)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moonmind_ext.workspace.source import read_source
+from moonmind_ext.workspace.source import read_standing
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -27,9 +27,9 @@ def checkout(tmp_path: Path) -> Path:
 
 
 async def test_a_source_says_commit_branch_and_state(checkout: Path) -> None:
-    clean = await read_source(checkout, "acme/widgets")
+    clean = (await read_standing(checkout, "acme/widgets")).source
     (checkout / "a").write_text("b")
-    dirty = await read_source(checkout, "acme/widgets")
+    dirty = (await read_standing(checkout, "acme/widgets")).source
 
     assert clean.branch == "main"
     assert clean.commit == git(checkout, "rev-parse", "HEAD")
@@ -41,18 +41,33 @@ async def test_a_new_file_is_dirty_unless_it_is_ignored(checkout: Path) -> None:
     (checkout / ".git" / "info").mkdir(exist_ok=True)
     (checkout / ".git" / "info" / "exclude").write_text("ignored\n")
     (checkout / "ignored").write_text("x")
-    ignored = await read_source(checkout, "acme/widgets")
+    ignored = (await read_standing(checkout, "acme/widgets")).source
     (checkout / "new").write_text("x")
-    new = await read_source(checkout, "acme/widgets")
+    new = (await read_standing(checkout, "acme/widgets")).source
 
     assert ignored.dirty is False
     assert new.dirty is True
 
 
+async def test_what_somebody_works_on_is_named(checkout: Path) -> None:
+    (checkout / ".gitignore").write_text("ignored\n")
+    (checkout / "a").write_text("b")
+    (checkout / "new").mkdir()
+    for name in ("new/ one ", "new/two\nlines", "new/ü", "ignored"):
+        (checkout / name).write_text("x")
+    (checkout / "moved").write_text("x")
+    git(checkout, "add", "moved")
+
+    standing = await read_standing(checkout, "acme/widgets")
+
+    names = {".gitignore", "a", "moved", "new/ one ", "new/two\nlines", "new/ü"}
+    assert set(standing.touched) == names
+
+
 async def test_a_file_with_a_new_time_only_is_not_dirty(checkout: Path) -> None:
     os.utime(checkout / "a", (1, 1))
 
-    assert (await read_source(checkout, "acme/widgets")).dirty is False
+    assert (await read_standing(checkout, "acme/widgets")).source.dirty is False
 
 
 async def test_another_worktree_has_its_own_branch_and_state(
@@ -62,7 +77,7 @@ async def test_another_worktree_has_its_own_branch_and_state(
     git(checkout, "worktree", "add", "-b", "topic", str(other))
     (checkout / "a").write_text("b")
 
-    source = await read_source(other, "acme/widgets")
+    source = (await read_standing(other, "acme/widgets")).source
 
     assert (source.branch, source.dirty) == ("topic", False)
 
@@ -70,7 +85,7 @@ async def test_another_worktree_has_its_own_branch_and_state(
 async def test_without_a_branch_there_is_still_a_commit(checkout: Path) -> None:
     git(checkout, "checkout", "--detach")
 
-    source = await read_source(checkout, "acme/widgets")
+    source = (await read_standing(checkout, "acme/widgets")).source
 
     assert source.commit is not None
     assert (source.branch, source.dirty) == (None, False)
@@ -80,7 +95,7 @@ async def test_a_directory_that_is_no_repository_has_no_commit(checkout: Path) -
     inside = checkout / "inside"
     (inside / ".git").mkdir(parents=True)
     for folder in (checkout.parent, inside):
-        source = await read_source(folder, "acme/widgets")
+        source = (await read_standing(folder, "acme/widgets")).source
 
         assert (source.commit, source.branch, source.dirty) == (None, None, None)
 
@@ -88,7 +103,7 @@ async def test_a_directory_that_is_no_repository_has_no_commit(checkout: Path) -
 async def test_a_repository_without_a_commit_has_no_commit(tmp_path: Path) -> None:
     git(tmp_path, "init", "-b", "main")
 
-    source = await read_source(tmp_path, "acme/widgets")
+    source = (await read_standing(tmp_path, "acme/widgets")).source
 
     assert (source.commit, source.branch, source.dirty) == (None, None, None)
 
@@ -99,7 +114,7 @@ async def test_variables_of_a_hook_around_us_do_not_count(
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "nowhere"))
     monkeypatch.setenv("GIT_INDEX_FILE", str(tmp_path / "nowhere"))
 
-    source = await read_source(checkout, "acme/widgets")
+    source = (await read_standing(checkout, "acme/widgets")).source
 
     assert source.commit is not None
     assert source.dirty is False
@@ -110,7 +125,7 @@ async def test_root_reads_a_checkout_of_somebody_else(checkout: Path) -> None:
     for path in (checkout, *checkout.rglob("*")):
         os.chown(path, 65534, 65534, follow_symlinks=False)
 
-    source = await read_source(checkout, "acme/widgets")
+    source = (await read_standing(checkout, "acme/widgets")).source
 
     assert (source.branch, source.dirty) == ("main", False)
 
@@ -182,7 +197,7 @@ async def test_nothing_that_a_workspace_names_is_run(
     if not complete:
         git_dir.joinpath("refs", "heads", "main").write_text("0123456789" * 4 + "\n")
 
-    source = await read_source(checkout, "acme/widgets")
+    source = (await read_standing(checkout, "acme/widgets")).source
 
     assert not trapped.exists(), trapped.read_text()
     assert source.commit is not None
