@@ -13,6 +13,9 @@ STOP_SECONDS = 2
 """For requests under way when the server stops. Their senders are being closed
 too, so what is not done by then is waiting for nothing."""
 
+TICK_SECONDS = 0.1
+"""As uvicorn has it: every tenth tick sets the date of the answers."""
+
 
 @asynccontextmanager
 async def serve(app: object, *, host: str = "127.0.0.1", port: int = 0) -> AsyncIterator[int]:
@@ -52,7 +55,7 @@ async def serve(app: object, *, host: str = "127.0.0.1", port: int = 0) -> Async
                 await server.up.wait()
                 yield listener.getsockname()[1]
             finally:
-                server.should_exit = True
+                server.told.set()
 
 
 class _Server(uvicorn.Server):
@@ -62,14 +65,17 @@ class _Server(uvicorn.Server):
     ----------
     up
         Set when it takes connections.
+    told
+        To be set for it to end.
     """
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self.up = anyio.Event()
+        self.told = anyio.Event()
 
     async def run_until_told(self, listener: socket.socket) -> None:
-        """Serve until `should_exit` is true, also when this is cancelled."""
+        """Serve until `told` is set, also when this is cancelled."""
         # Cancelled, it would leave the listener's number with the event loop, and the
         # next listener to get that number would never hear of a connection.
         with anyio.CancelScope(shield=True):
@@ -78,3 +84,11 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
         self.up.set()
+
+    async def main_loop(self) -> None:
+        """Wait for the end; uvicorn's own looks for it ten times a second."""
+        ticks = 0
+        while not self.told.is_set() and not await self.on_tick(ticks):
+            ticks += 1
+            with anyio.move_on_after(TICK_SECONDS):
+                await self.told.wait()

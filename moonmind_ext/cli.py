@@ -4,11 +4,8 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -25,10 +22,8 @@ from moonmind_ext.exits import (
     ExitError,
 )
 from moonmind_ext.queue import commands as queue_commands
-from moonmind_ext.run.output import OutputError, clear_output
 from moonmind_ext.run.secrets import SecretError, read_env_file, resolve_secrets
 from moonmind_ext.worker.command import worker
-from pipelines.concurrency import task_group
 from pipelines.payload import (
     DEFAULT_TIMEOUT_SECONDS,
     MAX_SECONDS,
@@ -39,7 +34,6 @@ from pipelines.payload import (
     warnings_of,
 )
 from pipelines.plan import (
-    DEFAULT_HELPER_IMAGE,
     DEFAULT_WORKDIR,
     Defaults,
     Plan,
@@ -50,11 +44,8 @@ from pipelines.plan import (
 # What runs a task imports Dagger, which takes its time: `--help`, `validate` and
 # `plan` do without, so those imports stand where they are needed.
 if TYPE_CHECKING:
-    import anyio
     from rich.console import Console
 
-    from moonmind_ext.console import ConsoleObserver
-    from pipelines.report import RunReport
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -165,21 +156,31 @@ def run(
     Exit codes of our own: 124 timed out, 130 interrupted, 2 invalid payload or usage,
     66 workspace unreadable, 69 image unavailable, 75 engine failed.
     """
-    parsed = _read_payload(payload)
-    made = _plan(parsed, job_id or str(uuid4()), _defaults(workdir, timeout_seconds))
-    if not workspace.is_dir():
-        raise ExitError(EXIT_NO_INPUT, f"workspace {workspace}: is not a directory")
-    if output.resolve() == workspace.resolve():
-        raise ExitError(EXIT_USAGE, f"output {output}: must not be the workspace itself")
-    _warn_of_payload(parsed)
-    job = _Job(
-        payload=parsed,
-        plan=made,
-        workspace=workspace.resolve(),
-        output=output.resolve(),
-        secrets=_secrets(made, env_file),
+    from moonmind_ext.terminal import Job, Terminal, run_in_terminal
+
+    def make_job(data: bytes) -> Job:
+        parsed = _parse(data)
+        made = _plan(parsed, job_id or str(uuid4()), _defaults(workdir, timeout_seconds))
+        if not workspace.is_dir():
+            raise ExitError(EXIT_NO_INPUT, f"workspace {workspace}: is not a directory")
+        if output.resolve() == workspace.resolve():
+            raise ExitError(EXIT_USAGE, f"output {output}: must not be the workspace itself")
+        _warn_of_payload(parsed)
+        return Job(
+            payload=parsed,
+            plan=made,
+            workspace=workspace.resolve(),
+            output=output.resolve(),
+            secrets=_secrets(made, env_file),
+        )
+
+    terminal = Terminal(
+        console=_console(stderr=True),
+        engine=engine,
+        open_seconds=engine_open_seconds,
+        as_json=as_json,
     )
-    raise typer.Exit(_run_job(job, engine, engine_open_seconds, as_json=as_json))
+    raise typer.Exit(run_in_terminal(payload, make_job, terminal))
 
 
 @app.command()
@@ -242,23 +243,34 @@ def demo(
     engine_open_seconds: OpenSecondsOption = 30,
 ) -> None:
     """Run an example on the best engine there is, and show what it leaves."""
+    from moonmind_ext.terminal import Job, Terminal, run_in_terminal
+
     example = _example_folder()
-    parsed = _read_payload(str(example / "payload.json"))
-    job = _Job(
-        payload=parsed,
-        plan=_plan(parsed, "demo", Defaults()),
-        workspace=(example / "workspace").resolve(),
-        output=output.resolve(),
-        secrets={},
-    )
+
+    def make_job(data: bytes) -> Job:
+        parsed = _parse(data)
+        return Job(
+            payload=parsed,
+            plan=_plan(parsed, "demo", Defaults()),
+            workspace=(example / "workspace").resolve(),
+            output=output.resolve(),
+            secrets={},
+        )
+
+    def run_on(chosen: EngineChoice) -> int:
+        terminal = Terminal(
+            console=_console(stderr=True), engine=chosen, open_seconds=engine_open_seconds
+        )
+        return run_in_terminal(str(example / "payload.json"), make_job, terminal)
+
     try:
-        code = _run_job(job, engine, engine_open_seconds, as_json=False)
+        code = run_on(engine)
     except ExitError as error:
         # The one place where the embedded engine is taken without being asked for.
         if error.code != EXIT_ENGINE or engine is not EngineChoice.AUTO:
             raise
         _say("no Dagger engine answers: the demo takes the embedded one")
-        code = _run_job(job, EngineChoice.EMBEDDED, engine_open_seconds, as_json=False)
+        code = run_on(EngineChoice.EMBEDDED)
     for file in sorted(path for path in output.rglob("*") if path.is_file()):
         print(f"{file}  {file.stat().st_size:,} bytes")
     raise typer.Exit(code)
@@ -301,121 +313,15 @@ def reproduce(
     os.execvp(words[0], words)  # noqa: S606, no shell is what is wanted
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Job:
-    """What `run` and `demo` have in common.
-
-    Attributes
-    ----------
-    workspace, output
-        Absolute.
-    secrets
-        Values of the payload's `secretEnv`.
-    """
-
-    payload: TaskPayload
-    plan: Plan
-    workspace: Path
-    output: Path
-    secrets: Mapping[str, str]
-
-
-def _run_job(job: _Job, engine: EngineChoice, open_seconds: float, *, as_json: bool) -> int:
-    """Run it, show it, and give the exit code."""
-    import anyio
-
-    from moonmind_ext.console import ConsoleObserver, closing_table
-    from moonmind_ext.engine.session import NoEngineError
-    from moonmind_ext.workspace.errors import WorkspaceError
-    from pipelines.report import exit_status
-
-    console = _console(stderr=True)
-    observer = ConsoleObserver(console, as_json=as_json)
-    try:
-        clear_output(job.output, job.plan.artifacts_subdir)
-        report = anyio.run(_run_on_engine, job, engine, open_seconds, observer, console)
-    except OutputError as error:
-        raise ExitError(EXIT_USAGE, str(error)) from None
-    except NoEngineError as error:
-        raise ExitError(EXIT_ENGINE, str(error)) from None
-    except WorkspaceError as error:
-        raise ExitError(
-            EXIT_NO_INPUT,
-            f"workspace: {error}. Name another --workspace, or leave it out with "
-            "task.container.workspace.exclude",
-        ) from None
-    if report is None:
-        raise ExitError(EXIT_INTERRUPTED, "interrupted")
-    observer.report(report)
-    for line in closing_table(report, job.output, job.plan.artifacts_subdir):
-        console.print(line, highlight=False)
-    return exit_status(report)
-
-
-async def _run_on_engine(
-    job: _Job,
-    engine: EngineChoice,
-    open_seconds: float,
-    observer: "ConsoleObserver",
-    console: "Console",
-) -> "RunReport | None":
-    """Open a session and run; None when interrupted before there is a report."""
-    import anyio
-
-    from moonmind_ext.engine.session import open_session
-
-    stop, opened = anyio.Event(), anyio.Event()
-    async with (
-        _stop_on_signals(stop, opened, console),
-        open_session(engine, environment=dict(os.environ), open_seconds=open_seconds) as session,
-    ):
-        opened.set()
-        # Imports Dagger, which the session has brought by now.
-        from moonmind_ext.run.task import RunRequest, run_task
-
-        request = RunRequest(
-            payload=job.payload,
-            plan=job.plan,
-            workspace=job.workspace,
-            output=job.output,
-            secrets=job.secrets,
-            helper_image=os.environ.get("MOONMIND_HELPER_IMAGE") or DEFAULT_HELPER_IMAGE,
-        )
-        return await run_task(session, request, observer, stop=stop)
-    # A second signal has ended it.
-    return None
-
-
-@asynccontextmanager
-async def _stop_on_signals(
-    stop: "anyio.Event", opened: "anyio.Event", console: "Console"
-) -> AsyncIterator[None]:
-    """Turn the first Ctrl-C or SIGTERM into a stop, and the second into an end at once.
-
-    Before the engine's session is open there is nothing to stop: then the first ends it.
-    """
-    import anyio
-
-    async def watch(scope: anyio.CancelScope) -> None:
-        with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-            async for _ in signals:
-                if stop.is_set() or not opened.is_set():
-                    scope.cancel()
-                else:
-                    console.print("stopping the task; once more to end at once", style="yellow")
-                    stop.set()
-
-    async with task_group() as tasks:
-        tasks.start_soon(watch, tasks.cancel_scope)
-        yield
-        tasks.cancel_scope.cancel()
-
-
 def _read_payload(argument: str) -> TaskPayload:
     try:
         data = sys.stdin.buffer.read() if argument == "-" else Path(argument).read_bytes()
     except OSError as error:
         raise ExitError(EXIT_USAGE, f"payload {argument}: {error.strerror}") from None
+    return _parse(data)
+
+
+def _parse(data: bytes) -> TaskPayload:
     try:
         return parse_any(loads(data))
     except TaskContractError as error:
