@@ -18,7 +18,7 @@ from benchmarks.bench import QUICK_ROUNDS, ROUNDS, Bench, find_docker, find_engi
 from benchmarks.figures import Figure
 from benchmarks.machine import describe
 
-GROUPS = ("startup", "session", "task", "many", "output", "artifacts", "workspace")
+GROUPS = ("startup", "session", "task", "many", "output", "artifacts", "workspace", "again")
 """Modules of this package with a `measure`."""
 
 WITHOUT_ENGINE = ("startup",)

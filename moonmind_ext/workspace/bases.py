@@ -227,8 +227,12 @@ async def send_whole(source: Source, *, digests: bool) -> tuple[Sent, Manifest]:
     for attempt in range(1, BASE_ATTEMPTS + 1):
         began, stamps = await anyio.to_thread.run_sync(_look_at_rest, source)
         apart = () if digests else source.apart(stamps)
-        directory, manifest = await together(_send_parts(source, stamps, apart), read_all())
-        after = await anyio.to_thread.run_sync(source.look)
+        directory, manifest = await together(
+            source.host_directory(source.root, apart).sync(), read_all()
+        )
+        directory, after = await together(
+            _put_apart(directory, apart, source, stamps), anyio.to_thread.run_sync(source.look)
+        )
         changed = changed_between(stamps, after, began)
         if not changed:
             return Sent(directory, stamps, None), manifest
@@ -240,16 +244,18 @@ async def send_whole(source: Source, *, digests: bool) -> tuple[Sent, Manifest]:
     return Sent(directory, after, None), {**kept, **nodes}
 
 
-async def _send_parts(source: Source, stamps: Stamps, apart: Sequence[str]) -> "dagger.Directory":
-    """Send everything, and some of it by itself.
+async def _put_apart(
+    directory: "dagger.Directory", apart: tuple[str, ...], source: Source, stamps: Stamps
+) -> "dagger.Directory":
+    """Add what was sent by itself.
 
     An engine that knows a directory from an earlier session asks for what changed in it,
     but makes a copy of all of it then: 2.4 s of 20,000 files, instead of 0.5 s.
     """
-    directory = await source.host_directory(source.root, apart).sync()
-    if apart:
-        delta = Delta(changed=tuple(apart), removed_files=(), removed_directories=())
-        directory, _, _ = await _put_over(directory, delta, source, source.ignore_files(stamps))
+    if not apart:
+        return directory
+    delta = Delta(changed=apart, removed_files=(), removed_directories=())
+    directory, _, _ = await _put_over(directory, delta, source, source.ignore_files(stamps))
     return directory
 
 
