@@ -31,6 +31,9 @@ DEFAULT_WORKDIR = "/work/agent_jobs"
 DEFAULT_HELPER_IMAGE = "docker.io/library/busybox:1.37.0-musl"
 """Lends its static busybox to images that have no shell or no `find`."""
 
+JOB_ID = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}"
+"""What may name a run: it becomes part of paths, so it must not lead anywhere else."""
+
 SUMMARY_LENGTH = 320
 """Characters of a command's summary, as MoonMind cuts it."""
 
@@ -146,7 +149,7 @@ def plan_task(payload: TaskPayload, *, job_id: str, defaults: Defaults | None = 
     spec = payload.task.container
     if spec is None or not spec.enabled or spec.image is None:
         raise ValueError("there is nothing to run: set task.container.enabled to true")
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}", job_id):
+    if not re.fullmatch(JOB_ID, job_id):
         raise ValueError(
             f"job id {job_id!r}: must be letters, digits, '_', '.' or '-', "
             "begin with a letter or digit and have 128 characters at most"

@@ -19,6 +19,7 @@ import anyio.to_thread
 import structlog
 
 from moonmind_ext.workspace.tree import remove_tree
+from pipelines.plan import JOB_ID
 
 LOCK = ".moonmind-worker"
 """In a job's directory; what has none there is not this worker's to sweep."""
@@ -53,7 +54,7 @@ async def job_directory(workdir: Path, job_id: str) -> AsyncIterator[Path]:
         When it cannot be made.
     """
     # All that is in it is removed: so it must be one of the jobs' own.
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}", job_id):
+    if not re.fullmatch(JOB_ID, job_id):
         raise OSError(errno.EINVAL, f"job id {job_id!r}: cannot name a directory")
     path = workdir / job_id
     if path.is_symlink():

@@ -13,6 +13,7 @@ from pydantic.alias_generators import to_camel
 from moonmind_ext.run.events import Event
 from moonmind_ext.worker.metrics import Metrics
 from moonmind_ext.worker.settings import TASK, WorkerSettings
+from pipelines.plan import JOB_ID
 
 REQUEST_SECONDS = 10
 """For a call without a file, from connecting to the last byte. The server answers in
@@ -38,8 +39,7 @@ class Job(BaseModel):
 
     model_config = ConfigDict(alias_generator=to_camel, frozen=True)
 
-    # It becomes part of paths, so it may not lead anywhere else.
-    id: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$")]
+    id: Annotated[str, StringConstraints(pattern=f"^{JOB_ID}$")]
     type: str
     status: str = "running"
     payload: Any = None
