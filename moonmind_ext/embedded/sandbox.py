@@ -200,7 +200,8 @@ def assemble(layer: Path, work: Path, *, overlay: bool) -> Iterator[MountOptions
             elif overlaid and is_directory and inner not in mounted:
                 scratch = work / str(next(numbers))
                 scratch.mkdir()
-                node.mkdir(exist_ok=True)
+                # Below a directory that is gone through, that one is not there yet.
+                node.mkdir(parents=True, exist_ok=True)
                 shutil.copymode(host, node)
                 options = ("--overlay-src", str(host), "--overlay", str(node), str(scratch))
             elif host.is_symlink():

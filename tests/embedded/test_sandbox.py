@@ -44,6 +44,21 @@ def test_mounts_come_after_the_root_and_in_their_order() -> None:
     assert found[-5:] == ["--chdir", "/w", "--setenv", "A", "1"]
 
 
+def test_beside_a_mount_of_the_host_overlays_are_to_be_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Mounting takes rights that a test does not have.
+    monkeypatch.setattr(sandboxes, "_host_mounts", lambda: {"usr/share/somewhere"})
+    layer, work = tmp_path / "layer", tmp_path / "work"
+    layer.mkdir()
+    work.mkdir()
+
+    mounts = [mount.options for mount in sandboxes.assemble(layer, work, overlay=True)]
+
+    assert ("--dir", "/usr/share") in mounts
+    assert any(("--overlay-src", "/usr/lib") == options[:2] for options in mounts)
+
+
 def test_another_user_is_a_user_namespace() -> None:
     found = options(identity=Identity(1000, 100))
     assert found[found.index("--uid") + 1] == "1000"
