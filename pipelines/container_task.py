@@ -106,6 +106,9 @@ class Execution:
     names
         Lists of what was in the workspace before the command and after it, where that
         goes back. The command may have put anything in the place of the first.
+    files
+        How many regular files are in the artifact directory. A hint: the command may have
+        replaced what counts them.
     specials, setuid
         Absolute paths that the supervisor removed, and whose bits it cleared.
     """
@@ -116,6 +119,7 @@ class Execution:
     log_bytes: int = 0
     lost_output: str = ""
     names: dagger.Directory | None = None
+    files: int = 0
     specials: tuple[str, ...] = ()
     setuid: tuple[str, ...] = ()
 
@@ -318,6 +322,34 @@ async def list_names(
         )
 
 
+async def pack(
+    client: dagger.Client, image: Image, directory: dagger.Directory
+) -> dagger.File | None:
+    """Make a tar archive of a directory, out of the command's reach.
+
+    Returns
+    -------
+    dagger.File
+        None when the image's `tar` cannot.
+    """
+    # A tar that has something to say may have left something out.
+    script = 'cd "$1" && TAR_OPTIONS= $2 tar -cf - . >"$0/tar" 2>"$0/said" && ! [ -s "$0/said" ]'
+    applet = _BUSYBOX if len(image.shell) > 1 else ""
+    arguments = [_OUT, _PLACE, applet]
+    with engine_failures("packing the artifacts"):
+        try:
+            return await (
+                image.container.with_user("root")
+                .with_mounted_directory(_OUT, client.directory())
+                .with_mounted_directory(_PLACE, directory)
+                .with_exec([*image.shell, "-c", script, *arguments])
+                .file(f"{_OUT}/tar")
+                .sync()
+            )
+        except dagger.ExecError:
+            return None
+
+
 def secret_of(client: dagger.Client, plan: Plan, name: str, value: str) -> dagger.Secret:
     """Hand a value to the engine as a secret of this run.
 
@@ -417,6 +449,7 @@ async def _execute(
         log=out.file("log"),
         log_bytes=log_bytes,
         names=out.filter(include=["before", "after"]) if plan.write_back else None,
+        files=int(result["files"] or 0),
         specials=_names(hostile[0]),
         setuid=_names(hostile[1]),
     )
@@ -453,7 +486,10 @@ def _write_clock(container: dagger.Container, image: Image, path: str) -> dagger
 def _parse_result(text: str) -> dict[str, Any]:
     """Read what the supervisor wrote."""
     result = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
-    if not {"exit", "ended", "epoch", "boot", "began", "finished", "hostile"} <= result.keys():
+    if (
+        not {"exit", "ended", "epoch", "boot", "began", "finished", "hostile", "files"}
+        <= result.keys()
+    ):
         raise EngineFailedError("the supervisor left no result; is the engine's disk full?")
     return result
 

@@ -20,10 +20,11 @@
 # shellcheck disable=SC2034 # Some words are read only to be left out of the others.
 #
 # POSIX shell, for dash, bash and busybox; besides a shell it needs sleep, date,
-# find, rm and chmod. An image without them brings a static busybox, mounted here.
+# find, rm and chmod, and wc for a count. An image without them brings a static busybox,
+# mounted here.
 mm_busybox=/.moonmind/busybox
 if [ -x "$mm_busybox" ]; then
-    for mm_tool in sleep date find rm chmod; do
+    for mm_tool in sleep date find rm chmod wc; do
         eval "$mm_tool() { $mm_busybox $mm_tool \"\$@\"; }"
     done
 fi
@@ -139,6 +140,11 @@ list_workspace() {
     } >"$mm_out/$1" 2>/dev/null
 }
 
+# Says how many files are in DIRECTORY, for whoever fetches them: a hint, no more.
+count_files() {
+    find "$1" -xdev -type f | wc -l
+}
+
 # What is gone afterwards cannot be seen in what the command wrote. Not on its time.
 [ -z "$mm_workspace" ] || list_workspace before
 
@@ -179,6 +185,9 @@ rm -rf "$mm_out/specials" "$mm_out/setuid" "$mm_out/result" "$mm_out/after"
 # find goes into what it could not enter before.
 find "$mm_artifacts" -xdev -type d ! -perm -700 -exec chmod u+rwx {} \; 2>/dev/null
 clear_hostile "$mm_artifacts" 2>/dev/null
+mm_files=$(count_files "$mm_artifacts" 2>/dev/null)
+# The wc may be the command's own.
+[ "$mm_files" -ge 0 ] 2>/dev/null || mm_files=
 if [ -n "$mm_workspace" ]; then
     clear_hostile "$mm_workspace" 2>/dev/null
     list_workspace after
@@ -186,6 +195,7 @@ fi
 
 mm_hostile=
 [ ! -s "$mm_out/specials" ] && [ ! -s "$mm_out/setuid" ] || mm_hostile=yes
-printf 'exit=%s\nended=%s\nepoch=%s\nboot=%s\nbegan=%s\nfinished=%s\nhostile=%s\n' \
-    "$mm_code" "$mm_reason" "$mm_epoch" "$mm_boot" "$mm_began" "$mm_finished" "$mm_hostile" >"$mm_out/result"
+printf 'exit=%s\nended=%s\nepoch=%s\nboot=%s\nbegan=%s\nfinished=%s\nhostile=%s\nfiles=%s\n' \
+    "$mm_code" "$mm_reason" "$mm_epoch" "$mm_boot" "$mm_began" "$mm_finished" "$mm_hostile" \
+    "$mm_files" >"$mm_out/result"
 exit 0

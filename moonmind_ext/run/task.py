@@ -239,6 +239,7 @@ class _Run:
             workspace=self.request.workspace,
             masker=self.masker,
             log_limit_bytes=self.request.log_limit_bytes,
+            archives=self.session.kind == "dagger",
         )
         with self._phase(Phase.EXPORT):
             await exporter.export(execution, self.progress.results, staging)

@@ -56,7 +56,7 @@ def test_beside_a_mount_of_the_host_overlays_are_to_be_had(
     mounts = [mount.options for mount in sandboxes.assemble(layer, work, overlay=True)]
 
     assert ("--dir", "/usr/share") in mounts
-    assert any(("--overlay-src", "/usr/lib") == options[:2] for options in mounts)
+    assert any(options[:2] == ("--overlay-src", "/usr/lib") for options in mounts)
 
 
 def test_another_user_is_a_user_namespace() -> None:

@@ -70,3 +70,30 @@ def test_every_shell_lists_the_workspace(shell: str, tmp_path: Path) -> None:
         **dict.fromkeys(["dir/.git", ".git", "dir/file", "link", "new\nline", "0"], False),
         os.fsdecode(b"caf\xe9"): False,
     }
+
+
+@pytest.mark.parametrize("shell", ["sh", "dash", "bash", "busybox"])
+def test_every_shell_counts_the_files(shell: str, tmp_path: Path) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    artifacts = tmp_path / "the artifacts"
+    (artifacts / "inner" / "empty").mkdir(parents=True)
+    for name in ("file", "inner/file", ".hidden", os.fsdecode(b"caf\xe9")):
+        (artifacts / name).write_text("x")
+    (artifacts / "link").symlink_to("file")
+
+    text = Path(SUPERVISOR).read_text()
+    function = text[text.index("count_files() {") : text.index("\n}\n", text.index("count_f")) + 3]
+    if shell == "busybox":
+        function += 'find() { busybox find "$@"; }\nwc() { busybox wc "$@"; }\n'
+    command = [shell, "sh"] if shell == "busybox" else [shell]
+    script = f'{function}count_files "$1"'
+    printed = subprocess.run(
+        [*command, "-c", script, "x", str(artifacts)],
+        capture_output=True,
+        text=True,
+        timeout=10,
+        check=True,
+    )
+
+    assert printed.stdout.split() == ["4"]
