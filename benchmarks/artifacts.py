@@ -63,6 +63,7 @@ async def _sides(bench: Bench, ours: Desk, script: str) -> dict[str, Act]:
         workspace=ours.workspace,
         masker=Masker(),
         log_limit_bytes=1 << 20,
+        helper_image=bench.image,
         archives=ours.session.kind == "dagger",
     )
     assert execution.container is not None

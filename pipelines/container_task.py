@@ -6,7 +6,7 @@ and on the command line an isolated client.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from hashlib import sha256
 from importlib import resources
@@ -49,6 +49,8 @@ _CONTROL = f"{_HOME}/control"
 _SUPERVISOR = f"{_HOME}/supervisor.sh"
 _CLOCK = "/.moonmind-clock"
 _BUSYBOX = f"{_HOME}/busybox"
+_OWN_SHELL = ("/bin/sh",)
+_LENT_SHELL = (_BUSYBOX, "sh")
 
 # What registries and the engine say of an image that is not there, or not for us.
 # Everything else on the way to an image (DNS, time-outs, 5xx) may pass.
@@ -154,20 +156,24 @@ async def resolve_image(
             container.exists("/usr/bin/find"),
             container.exists("/bin/find"),
         )
-    sh: tuple[str, ...] = ("/bin/sh",)
-    if not (shell and (find or find_in_bin)):
-        # Ours to provide, so not the task's failure.
-        with engine_failures(f"helper image {helper_image}"):
-            busybox = await client.container().from_(helper_image).file("/bin/busybox").sync()
-        container = container.with_mounted_file(_BUSYBOX, busybox)
-        sh = (_BUSYBOX, "sh")
-    return Image(
+    image = Image(
         container=container,
         reference=address,
         user="" if user in {"root", "0", "0:0", "root:root"} else user,
         entrypoint=tuple(entrypoint),
-        shell=sh,
+        shell=_OWN_SHELL,
     )
+    if shell and (find or find_in_bin):
+        return image
+    return await _lend_busybox(client, image, helper_image)
+
+
+async def _lend_busybox(client: dagger.Client, image: Image, helper_image: str) -> Image:
+    # Ours to provide, so not the task's failure.
+    with engine_failures(f"helper image {helper_image}"):
+        busybox = await client.container().from_(helper_image).file("/bin/busybox").sync()
+    container = image.container.with_mounted_file(_BUSYBOX, busybox)
+    return replace(image, container=container, shell=_LENT_SHELL)
 
 
 def prepare(
@@ -281,7 +287,7 @@ async def log_excerpt(
         With the files `head` and `tail`.
     """
     script = 'f=$1 h=$2 t=$3; cd "$0" && $4 head -c "$h" "$f" >head && $4 tail -c "$t" "$f" >tail'
-    applet = _BUSYBOX if len(image.shell) > 1 else ""
+    applet = _BUSYBOX if image.shell == _LENT_SHELL else ""
     arguments = [_OUT, f"{_HOME}/log", str(head), str(tail), applet]
     with engine_failures("cutting the log"):
         return await (
@@ -309,7 +315,7 @@ async def list_names(
         '{ cd "$1" && $2 find . -name .git -print0 -prune -o -type d -print0 -print0 -o -print0; '
         'printf \'//%s\\0\' "$?"; } >"$0"'
     )
-    applet = _BUSYBOX if len(image.shell) > 1 else ""
+    applet = _BUSYBOX if image.shell == _LENT_SHELL else ""
     arguments = [f"{_OUT}/names", _PLACE, applet]
     with engine_failures("listing the workspace"):
         return await (
@@ -323,20 +329,39 @@ async def list_names(
 
 
 async def pack(
-    client: dagger.Client, image: Image, directory: dagger.Directory
+    client: dagger.Client, image: Image, directory: dagger.Directory, *, helper_image: str
 ) -> dagger.File | None:
     """Make a tar archive of a directory, out of the command's reach.
+
+    Parameters
+    ----------
+    helper_image
+        Lends its busybox where the image has no `tar`, or one that fails.
 
     Returns
     -------
     dagger.File
-        None when the image's `tar` cannot.
+        None when none of the two can.
     """
+    packed = await _pack(client, image, directory)
+    if packed is not None or image.shell == _LENT_SHELL:
+        return packed
+    try:
+        image = await _lend_busybox(client, image, helper_image)
+    except EngineFailedError:
+        # Most images have a tar, so nobody may have made the helper image available.
+        return None
+    return await _pack(client, image, directory)
+
+
+async def _pack(
+    client: dagger.Client, image: Image, directory: dagger.Directory
+) -> dagger.File | None:
     # A tar that has something to say may have left something out.
     script = 'cd "$1" && TAR_OPTIONS= $2 tar -cf - . >"$0/tar" 2>"$0/said" && ! [ -s "$0/said" ]'
-    applet = _BUSYBOX if len(image.shell) > 1 else ""
+    applet = _BUSYBOX if image.shell == _LENT_SHELL else ""
     arguments = [_OUT, _PLACE, applet]
-    with engine_failures("packing the artifacts"):
+    with engine_failures("packing what the command left"):
         try:
             return await (
                 image.container.with_user("root")

@@ -61,6 +61,8 @@ class Exporter:
         Where changes go.
     log_limit_bytes
         A longer log comes as its head and tail.
+    helper_image
+        Lends its busybox to images without `tar`.
     archives
         Whether many files come as one archive; the embedded engine has no need of it.
     """
@@ -73,6 +75,7 @@ class Exporter:
     workspace: Path
     masker: Masker
     log_limit_bytes: int
+    helper_image: str
     archives: bool
 
     async def export(self, execution: Execution, results: Results, staging: Path) -> None:
@@ -116,10 +119,8 @@ class Exporter:
         directory = execution.container.directory(self.plan.artifact_dir)
         if rules.include or rules.exclude:
             directory = directory.filter(include=rules.include, exclude=rules.exclude)
-        many = self.archives and execution.files >= ARCHIVE_FILES
-        if not (many and await self._unpacked(directory, unchecked)):
-            with engine_failures("bringing the artifacts back"):
-                await directory.export(str(unchecked))
+        with engine_failures("bringing the artifacts back"):
+            await self._bring(directory, unchecked, execution.files)
         unchecked.mkdir(exist_ok=True)
         artifacts = await anyio.to_thread.run_sync(check_artifacts, unchecked, rules)
         for path, reason in execution.removed_below(self.plan.artifact_dir):
@@ -127,14 +128,19 @@ class Exporter:
         unchecked.rename(staging / "artifacts")
         return artifacts
 
+    async def _bring(self, directory: dagger.Directory, target: Path, files: int) -> None:
+        """Bring a directory out: as an archive where it has many files, if that can be."""
+        many = self.archives and files >= ARCHIVE_FILES
+        if not (many and await self._unpacked(directory, target)):
+            await directory.export(str(target))
+
     async def _unpacked(self, directory: dagger.Directory, target: Path) -> bool:
         """Bring a directory as one archive; what cannot be leaves nothing at the target."""
-        packed = await pack(self.client, self.image, directory)
+        packed = await pack(self.client, self.image, directory, helper_image=self.helper_image)
         if packed is None:
             return False
         archive = target.with_name("archive")
-        with engine_failures("bringing the artifacts back"):
-            await packed.export(str(archive))
+        await packed.export(str(archive))
         # As an export makes it.
         target.mkdir(mode=0o700)
         try:
@@ -173,6 +179,7 @@ class Exporter:
             stamps=self.size.stamps,
             is_whole=self.size.files is not None,
             list_sent=partial(list_names, self.client, self.image, self.before),
+            bring=self._bring,
         )
         with engine_failures("bringing the changes back"):
             written_back, commits = await write_back(changed, self.workspace)

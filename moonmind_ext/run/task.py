@@ -239,6 +239,7 @@ class _Run:
             workspace=self.request.workspace,
             masker=self.masker,
             log_limit_bytes=self.request.log_limit_bytes,
+            helper_image=self.request.helper_image,
             archives=self.session.kind == "dagger",
         )
         with self._phase(Phase.EXPORT):

@@ -57,6 +57,8 @@ class Changed:
         Whether just that was sent, rather than what a filter chose of it.
     list_sent
         Lists `before` once more, out of the command's reach, for where a filter chose.
+    bring
+        Exports a directory of about so many files to where nothing is.
     """
 
     before: "dagger.Directory"
@@ -65,6 +67,7 @@ class Changed:
     stamps: Stamps
     is_whole: bool
     list_sent: "Callable[[], Awaitable[dagger.Directory]]"
+    bring: "Callable[[dagger.Directory, Path, int], Awaitable[None]]"
 
 
 async def write_back(changed: Changed, workspace: Path) -> tuple[WrittenBack, bool]:
@@ -93,9 +96,9 @@ async def write_back(changed: Changed, workspace: Path) -> tuple[WrittenBack, bo
     try:
         layer = changed.before.diff(changed.after)
         names, marks = staging.folder / "names", staging.folder / "git"
-        git, *_ = await together(
-            layer.glob("**/.git"),
-            layer.filter(exclude=["**/.git"]).export(os.fspath(staging.changes)),
+        git, paths = await together(layer.glob("**/.git"), layer.glob("**"))
+        await together(
+            changed.bring(layer.filter(exclude=["**/.git"]), staging.changes, len(paths)),
             layer.filter(include=list(COMMITS)).export(os.fspath(marks)),
             changed.names.export(os.fspath(names)),
         )

@@ -85,6 +85,7 @@ async def bring_both_ways(
     rules: dict[str, Any],
     *,
     packing: Image | None = None,
+    helper_image: str = "",
     command: tuple[str, ...] = ("sh", "-c"),
 ) -> tuple[Brought, Brought]:
     """Run a command once; bring what it leaves as an archive if that can be, and streamed.
@@ -93,6 +94,8 @@ async def bring_both_ways(
     ----------
     packing
         The image that packs, where it is not the command's.
+    helper_image
+        Packs where that cannot.
     """
     workspace = tmp_path / "workspace"
     workspace.mkdir()
@@ -111,6 +114,7 @@ async def bring_both_ways(
         workspace=workspace,
         masker=Masker(),
         log_limit_bytes=1 << 20,
+        helper_image=helper_image,
         archives=True,
     )
     brought = []
@@ -286,34 +290,58 @@ for n in range({ARCHIVE_FILES}):
     assert archived.tree == streamed.tree
 
 
-@pytest.mark.parametrize(
-    "script",
-    [
-        "exit 1",
-        "exit 137",
-        "echo rubbish",
-        "exit 0",
-        'PATH=/bin:/usr/bin; tar "$@"; echo something was left out >&2',
-        'PATH=/bin:/usr/bin; tar "$@" | head -c 600000',
-    ],
-    ids=["fails", "is killed", "writes rubbish", "writes nothing", "complains", "is cut off"],
-)
-async def test_where_the_tar_of_the_image_is_no_good_the_files_come_one_by_one(
-    engine: Engine, tmp_path: Path, script: str
-) -> None:
+BROKEN = {
+    "fails": "exit 1",
+    "is killed": "exit 137",
+    "writes rubbish": "echo rubbish",
+    "writes nothing": "exit 0",
+    "complains": 'PATH=/bin:/usr/bin; tar "$@"; echo something was left out >&2',
+    "is cut off": 'PATH=/bin:/usr/bin; tar "$@" | head -c 600000',
+}
+
+
+async def bring_with_a_broken_tar(
+    engine: Engine, tmp_path: Path, script: str, helper_image: str
+) -> tuple[Brought, Brought]:
     async with engine.session() as session:
         # Not busybox, whose shell may take its own tar.
         image = await resolve_image(session.client, engine.image("python"))
         container = image.container.with_new_file(
             "/broken/tar", f"#!/bin/sh\n{script}\n", permissions=0o755
         ).with_env_variable("PATH", "/broken:/usr/local/bin:/usr/bin:/bin")
-        broken = replace(image, container=container)
-        tried, streamed = await bring_both_ways(session, image, tmp_path, NASTY, {}, packing=broken)
+        return await bring_both_ways(
+            session,
+            image,
+            tmp_path,
+            NASTY,
+            {},
+            packing=replace(image, container=container),
+            helper_image=helper_image,
+        )
+
+
+@pytest.mark.parametrize("script", BROKEN.values(), ids=BROKEN.keys())
+async def test_where_no_tar_is_any_good_the_files_come_one_by_one(
+    engine: Engine, tmp_path: Path, script: str
+) -> None:
+    missing = engine.image("missing")
+    tried, streamed = await bring_with_a_broken_tar(engine, tmp_path, script, missing)
 
     assert not tried.archived
     assert tried.artifacts == streamed.artifacts
     assert tried.tree == streamed.tree
     assert tried.left == {"artifacts", "runner.log"}
+
+
+async def test_the_helper_image_packs_where_the_image_cannot(
+    engine: Engine, tmp_path: Path
+) -> None:
+    helper = engine.image("busybox")
+    tried, streamed = await bring_with_a_broken_tar(engine, tmp_path, BROKEN["fails"], helper)
+
+    assert tried.archived
+    assert tried.artifacts == streamed.artifacts
+    assert tried.tree == streamed.tree
 
 
 async def test_ten_thousand_files_that_are_not_tiny_come_back(task: Task) -> None:

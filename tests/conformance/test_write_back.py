@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 
 from moonmind_ext.engine.session import EngineSession
+from moonmind_ext.run import export
 from moonmind_ext.workspace.journal import Operation, Staging, Step
 from moonmind_ext.workspace.send import send_workspace
 from pipelines.artifacts import refuse_link
@@ -60,7 +61,11 @@ async def test_without_it_the_workspace_stays_as_it_was(task: Task, tmp_path: Pa
     assert result.report.workspace.written_back is None
 
 
-async def test_changes_come_back_exactly(task: Task) -> None:
+@pytest.mark.parametrize("archive_files", [1, export.ARCHIVE_FILES], ids=["packed", "as files"])
+async def test_changes_come_back_exactly(
+    task: Task, monkeypatch: pytest.MonkeyPatch, archive_files: int
+) -> None:
+    monkeypatch.setattr(export, "ARCHIVE_FILES", archive_files)
     files = {
         "edit.txt": "old\n",
         "mode.sh": "#!/bin/sh\n",
@@ -94,6 +99,19 @@ async def test_changes_come_back_exactly(task: Task) -> None:
     assert (workspace / "empty").is_dir()
     assert (workspace / "same.txt").read_text() == "same"
     assert [path.name for path in workspace.iterdir() if path.name.startswith(".moon")] == []
+
+
+async def test_thousands_of_changes_come_back(task: Task) -> None:
+    # Exported one by one, they make a real engine wait for ever more often than not.
+    script = """
+        filler=$(printf '%010000d' 0); mkdir many; i=0
+        while [ $i -lt 8000 ]; do echo $filler > many/$i; i=$((i+1)); done; rm gone
+    """
+    result = await task(*sh(script), files={"gone": "x", "kept": "x"}, writeBack="changes")
+
+    assert written_back(result).refused == {}
+    assert len(list((result.workspace / "many").iterdir())) == 8000
+    assert {path.name for path in result.workspace.iterdir()} == {"many", "kept"}
 
 
 async def test_no_git_directory_comes_back_and_lost_commits_are_said(task: Task) -> None:

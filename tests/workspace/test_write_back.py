@@ -550,6 +550,9 @@ async def test_nothing_is_left_in_the_workspace_when_the_engine_fails(workspace:
             (Path(path) / "odd").chmod(0)
             raise RuntimeError("gone")
 
+    async def export(directory: Any, target: Path, files: int) -> None:
+        await directory.export(str(target))
+
     failing: Any = Failing()
     changed = Changed(
         before=failing,
@@ -558,6 +561,7 @@ async def test_nothing_is_left_in_the_workspace_when_the_engine_fails(workspace:
         stamps={},
         is_whole=True,
         list_sent=failing.export,
+        bring=export,
     )
     with pytest.raises(RuntimeError, match="gone"):
         await write_back(changed, workspace)
