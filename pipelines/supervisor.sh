@@ -140,6 +140,18 @@ list_workspace() {
     } >"$mm_out/$1" 2>/dev/null
 }
 
+# Whether something is in DIRECTORY, or may be: most tasks leave nothing, and looking for
+# what must not travel starts a program each time.
+holds_something() {
+    [ -r "$1" ] && [ -w "$1" ] && [ -x "$1" ] || return 0
+    for mm_entry in "$1"/* "$1"/.[!.]* "$1"/..?*; do
+        if [ -e "$mm_entry" ] || [ -L "$mm_entry" ]; then
+            return 0
+        fi
+    done
+    return 1
+}
+
 # Says how many files are in DIRECTORY, for whoever fetches them: a hint, no more.
 count_files() {
     find "$1" -xdev -type f | wc -l
@@ -181,13 +193,16 @@ kill -KILL -1 2>/dev/null
 rm -rf "$mm_out/specials" "$mm_out/setuid" "$mm_out/result" "$mm_out/after"
 [ -f "$mm_out/log" ] || rm -rf "$mm_out/log"
 
-# An ordinary user's export ends at a directory that it may not write to. By \;, so that
-# find goes into what it could not enter before.
-find "$mm_artifacts" -xdev -type d ! -perm -700 -exec chmod u+rwx {} \; 2>/dev/null
-clear_hostile "$mm_artifacts" 2>/dev/null
-mm_files=$(count_files "$mm_artifacts" 2>/dev/null)
-# The wc may be the command's own.
-[ "$mm_files" -ge 0 ] 2>/dev/null || mm_files=
+mm_files=0
+if holds_something "$mm_artifacts"; then
+    # An ordinary user's export ends at a directory that it may not write to. By \;, so
+    # that find goes into what it could not enter before.
+    find "$mm_artifacts" -xdev -type d ! -perm -700 -exec chmod u+rwx {} \; 2>/dev/null
+    clear_hostile "$mm_artifacts" 2>/dev/null
+    mm_files=$(count_files "$mm_artifacts" 2>/dev/null)
+    # The wc may be the command's own.
+    [ "$mm_files" -ge 0 ] 2>/dev/null || mm_files=
+fi
 if [ -n "$mm_workspace" ]; then
     clear_hostile "$mm_workspace" 2>/dev/null
     list_workspace after

@@ -72,28 +72,76 @@ def test_every_shell_lists_the_workspace(shell: str, tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("shell", ["sh", "dash", "bash", "busybox"])
-def test_every_shell_counts_the_files(shell: str, tmp_path: Path) -> None:
+NOBODY = 65534
+
+
+def open_to_all(folder: Path) -> Path:
+    for path in (folder, *folder.parents[:3]):
+        path.chmod(path.stat().st_mode | 0o755)
+    return folder
+
+
+def run_function(shell: str, name: str, argument: Path) -> "subprocess.CompletedProcess[str]":
+    """Run one of the supervisor's functions in a shell; the rest of it needs a container.
+
+    Not as root, whom no mode holds up.
+    """
     if shutil.which(shell) is None:
         pytest.skip(f"{shell} is not installed")
-    artifacts = tmp_path / "the artifacts"
+    text = Path(SUPERVISOR).read_text()
+    begin = text.index(f"{name}() {{")
+    function = text[begin : text.index("\n}\n", begin) + 3]
+    if shell == "busybox":
+        function += 'find() { busybox find "$@"; }\nwc() { busybox wc "$@"; }\n'
+    command = [shell, "sh"] if shell == "busybox" else [shell]
+    return subprocess.run(
+        [*command, "-c", f'{function}{name} "$1"', "x", str(argument)],
+        capture_output=True,
+        text=True,
+        timeout=10,
+        check=False,
+        user=NOBODY if os.getuid() == 0 else None,
+    )
+
+
+SHELLS = ["sh", "dash", "bash", "busybox"]
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_every_shell_counts_the_files(shell: str, tmp_path: Path) -> None:
+    artifacts = open_to_all(tmp_path) / "the artifacts"
     (artifacts / "inner" / "empty").mkdir(parents=True)
     for name in ("file", "inner/file", ".hidden", os.fsdecode(b"caf\xe9")):
         (artifacts / name).write_text("x")
     (artifacts / "link").symlink_to("file")
 
-    text = Path(SUPERVISOR).read_text()
-    function = text[text.index("count_files() {") : text.index("\n}\n", text.index("count_f")) + 3]
-    if shell == "busybox":
-        function += 'find() { busybox find "$@"; }\nwc() { busybox wc "$@"; }\n'
-    command = [shell, "sh"] if shell == "busybox" else [shell]
-    script = f'{function}count_files "$1"'
-    printed = subprocess.run(
-        [*command, "-c", script, "x", str(artifacts)],
-        capture_output=True,
-        text=True,
-        timeout=10,
-        check=True,
-    )
+    assert run_function(shell, "count_files", artifacts).stdout.split() == ["4"]
 
-    assert printed.stdout.split() == ["4"]
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("name", ["*", "a", ".a", "..a", "...", "-n", " ", "\n", "[a]", "dangling"])
+def test_every_shell_sees_that_something_is_there(shell: str, name: str, tmp_path: Path) -> None:
+    artifacts = open_to_all(tmp_path) / "the artifacts"
+    artifacts.mkdir()
+    artifacts.chmod(0o777)
+    assert run_function(shell, "holds_something", artifacts).returncode == 1
+
+    if name == "dangling":
+        (artifacts / name).symlink_to("nowhere")
+    else:
+        (artifacts / name).touch()
+
+    assert run_function(shell, "holds_something", artifacts).returncode == 0
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("mode", [0o600, 0o300, 0o500])
+def test_what_cannot_be_looked_into_may_hold_something(
+    shell: str, mode: int, tmp_path: Path
+) -> None:
+    (open_to_all(tmp_path) / "closed").mkdir()
+    if os.getuid() == 0:
+        os.chown(tmp_path / "closed", NOBODY, NOBODY)
+    (tmp_path / "closed").chmod(mode)
+
+    assert run_function(shell, "holds_something", tmp_path / "closed").returncode == 0
