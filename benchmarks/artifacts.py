@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 from benchmarks.bench import NOT_QUICK, Bench, Desk, desk, find_engine
 from benchmarks.figures import Figure
@@ -40,6 +39,7 @@ async def measure(bench: Bench) -> AsyncIterator[Figure]:
             sides = await _sides(bench, ours, script)
             before = memory_now()
             measured = await side_by_side(sides, rounds=bench.rounds, warm_ups=1)
+        _clear_away(bench)
         yield measured.figure(name, what, OURS, BARE)
         yield measured.memory(f"{name}/memory", what, OURS, before)
 
@@ -69,25 +69,30 @@ async def _sides(bench: Bench, ours: Desk, script: str) -> dict[str, Act]:
     assert execution.container is not None
     left = execution.container.directory(plan.artifact_dir)
 
-    def clear_away(path: Path) -> None:
-        # Some disks make files more slowly where many were removed a moment ago.
-        if execution.files < MANY:
-            shutil.rmtree(path)
-
     async def bring(watch: Watch) -> None:
         staging = bench.new_path("staging")
         staging.mkdir()
         with watch:
             await exporter.export(execution, Results(), staging)
-        clear_away(staging)
+        _clear_away(bench, execution)
 
     async def export(watch: Watch) -> None:
         target = bench.new_path("export")
         with watch:
             await left.export(str(target))
-        clear_away(target)
+        _clear_away(bench, execution)
 
     return {OURS: bring, BARE: export}
+
+
+def _clear_away(bench: Bench, execution: Execution | None = None) -> None:
+    """Remove what was brought; many files only at the end.
+
+    Some disks make files more slowly where many were removed a moment ago.
+    """
+    if execution is None or execution.files < MANY:
+        for path in (*bench.folder.glob("staging-*"), *bench.folder.glob("export-*")):
+            shutil.rmtree(path)
 
 
 def _check(execution: Execution) -> None:

@@ -98,7 +98,7 @@ async def _send(ours: Desk, workspace: Path, bases: Bases | None) -> Size:
         workspace,
         WorkspaceFilter(),
         bases=bases,
-        standing=Standing(Source(repository="acme/widgets")),
+        standing=Standing(Source(repository="acme/widgets"), is_clone=True),
     )
     return size
 

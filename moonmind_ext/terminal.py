@@ -119,15 +119,23 @@ async def _run(
     jobs: list[Job] = []
 
     async def prepare() -> None:
-        job = make_job(await read_input(payload))
-        clear_output(job.output, job.plan.artifacts_subdir)
+        # In threads, so that an engine that answers meanwhile is heard.
+        read = await read_input(payload)
+        job = await anyio.to_thread.run_sync(make_job, read, abandon_on_cancel=True)
+        # The run does so too, but only when the engine is there: what cannot be written to
+        # is said before.
+        await anyio.to_thread.run_sync(clear_output, job.output, job.plan.artifacts_subdir)
         jobs.append(job)
         made.set()
 
     async with _stop_on_signals(stop, opened, terminal.console), task_group() as tasks:
-        # First, so that what is wrong with a file is said before an engine is started.
-        tasks.start_soon(prepare)
         tasks.start_soon(anyio.to_thread.run_sync, _import_dagger)
+        if payload == "-":
+            # Whoever writes it may take his time.
+            tasks.start_soon(prepare)
+        else:
+            # What is wrong with a file is said before an engine is started.
+            await prepare()
         try:
             async with open_session(
                 terminal.engine, environment=dict(os.environ), open_seconds=terminal.open_seconds
@@ -161,7 +169,7 @@ def _import_dagger() -> None:
 
 
 async def read_input(payload: str) -> bytes:
-    """Read a payload; whoever writes it may take his time.
+    """Read a payload; a pipe is waited for.
 
     Parameters
     ----------

@@ -165,10 +165,17 @@ async def resolve_image(
     )
     if shell and (find or find_in_bin):
         return image
-    return await _lend_busybox(client, image, helper_image)
+    return await lend_busybox(client, image, helper_image)
 
 
-async def _lend_busybox(client: dagger.Client, image: Image, helper_image: str) -> Image:
+async def lend_busybox(client: dagger.Client, image: Image, helper_image: str) -> Image:
+    """Give an image the shell and the tools of another.
+
+    Raises
+    ------
+    EngineFailedError
+        When there is no such helper image, or the engine fails.
+    """
     # Ours to provide, so not the task's failure.
     with engine_failures(f"helper image {helper_image}"):
         busybox = await client.container().from_(helper_image).file("/bin/busybox").sync()
@@ -329,34 +336,15 @@ async def list_names(
 
 
 async def pack(
-    client: dagger.Client, image: Image, directory: dagger.Directory, *, helper_image: str
+    client: dagger.Client, image: Image, directory: dagger.Directory
 ) -> dagger.File | None:
     """Make a tar archive of a directory, out of the command's reach.
-
-    Parameters
-    ----------
-    helper_image
-        Lends its busybox where the image has no `tar`, or one that fails.
 
     Returns
     -------
     dagger.File
-        None when none of the two can.
+        None when the image's `tar` cannot.
     """
-    packed = await _pack(client, image, directory)
-    if packed is not None or image.shell == _LENT_SHELL:
-        return packed
-    try:
-        image = await _lend_busybox(client, image, helper_image)
-    except EngineFailedError:
-        # Most images have a tar, so nobody may have made the helper image available.
-        return None
-    return await _pack(client, image, directory)
-
-
-async def _pack(
-    client: dagger.Client, image: Image, directory: dagger.Directory
-) -> dagger.File | None:
     # A tar that has something to say may have left something out.
     script = 'cd "$1" && TAR_OPTIONS= $2 tar -cf - . >"$0/tar" 2>"$0/said" && ! [ -s "$0/said" ]'
     applet = _BUSYBOX if image.shell == _LENT_SHELL else ""
@@ -474,7 +462,7 @@ async def _execute(
         log=out.file("log"),
         log_bytes=log_bytes,
         names=out.filter(include=["before", "after"]) if plan.write_back else None,
-        files=int(result["files"] or 0),
+        files=int(result["files"]) if result["files"].isdecimal() else 0,
         specials=_names(hostile[0]),
         setuid=_names(hostile[1]),
     )

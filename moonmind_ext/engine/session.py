@@ -278,8 +278,19 @@ async def _connect(
     stack: AsyncExitStack, address: SessionAddress, seconds: float
 ) -> "tuple[dagger.Client, str]":
     """Connect the SDK to a session and ask for the engine's version."""
-    # Half a second of import; meanwhile the loop goes on reading what the session says.
-    await together(anyio.to_thread.run_sync(_import_dagger), _wake(address))
+    try:
+        with anyio.fail_after(seconds):
+            # Half a second of import; meanwhile the loop goes on reading what the session
+            # says.
+            await together(anyio.to_thread.run_sync(_import_dagger), _wake(address))
+            return await _connect_sdk(stack, address)
+    except TimeoutError:
+        raise _NoAnswerError(f"no answer within {seconds:.0f}s") from None
+
+
+async def _connect_sdk(
+    stack: AsyncExitStack, address: SessionAddress
+) -> "tuple[dagger.Client, str]":
     import dagger
     from dagger.client._config import ConnectConfig
     from dagger.client._session import ConnectParams, SingleConnection
@@ -291,13 +302,12 @@ async def _connect(
     config = ConnectConfig(timeout=dagger.Timeout(None, connect=CHECK_SECONDS), retry=None)
     connection = SingleConnection(params, config)
     try:
-        with anyio.fail_after(seconds):
-            await connection.connect()
-            stack.push_async_callback(connection.close)
-            client = make_client(connection)
-            return client, await client.version()
+        await connection.connect()
+        stack.push_async_callback(connection.close)
+        client = make_client(connection)
+        return client, await client.version()
     except TimeoutError:
-        raise _NoAnswerError(f"no answer within {seconds:.0f}s") from None
+        raise
     except (dagger.DaggerError, OSError) as error:
         raise _NoAnswerError(str(error)) from error
 
@@ -307,12 +317,15 @@ def _import_dagger() -> None:
 
 
 async def _wake(address: SessionAddress) -> None:
-    """Ask something that nobody waits for: the first answer of a session takes 0.2 s.
+    """Ask something early: the first answer of a session takes 0.2 s.
 
     Whether there is an answer is found out afterwards.
     """
-    with anyio.move_on_after(CHECK_SECONDS), suppress(httpx.HTTPError):
-        async with httpx.AsyncClient(auth=(address.token, "")) as http:
+    with suppress(httpx.HTTPError):
+        # The token is not for the proxy that a variable may name.
+        async with httpx.AsyncClient(
+            auth=(address.token, ""), timeout=CHECK_SECONDS, trust_env=False
+        ) as http:
             await http.post(f"http://127.0.0.1:{address.port}/query", json={"query": "{ version }"})
 
 

@@ -8,6 +8,7 @@ busybox write of a directory, and no extension beyond their long names.
 # These functions touch every file of an archive, and pathlib would be half of their time.
 # ruff: noqa: PTH101, PTH102
 
+import errno
 import os
 import stat
 import tarfile
@@ -19,6 +20,9 @@ _BLOCK_BYTES = 512
 _CHUNK_BYTES = 1 << 20
 _LONGEST_NAME = 4096
 """No system call takes a longer one."""
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
+"""Not the archive's fault."""
 
 _END = bytes(_BLOCK_BYTES)
 _LONG = {tarfile.GNUTYPE_LONGNAME: "name", tarfile.GNUTYPE_LONGLINK: "linkname"}
@@ -44,6 +48,8 @@ def unpack(archive: Path, into: Path) -> None:
 
     Raises
     ------
+    OSError
+        When the disk is full or fails.
     ArchiveError
         When the archive is broken, names a path twice or outside of itself, or has
         anything but files, directories and links. What was unpacked by then is left.
@@ -74,6 +80,8 @@ def unpack(archive: Path, into: Path) -> None:
             os.chmod(place, stat.S_IMODE(member.mode))
             os.utime(place, (member.mtime, member.mtime))
     except (OSError, ValueError, OverflowError) as error:
+        if isinstance(error, OSError) and error.errno in _DISK:
+            raise
         # Also of names and times that no system call takes.
         raise ArchiveError(f"cannot be unpacked: {error}") from error
 

@@ -1,5 +1,6 @@
 """What a command left in the engine comes out: fetched, checked, masked."""
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,13 +20,14 @@ from pipelines.container_task import (
     Execution,
     Image,
     engine_failures,
+    lend_busybox,
     list_names,
     log_excerpt,
     pack,
 )
 from pipelines.masking import Masker
 from pipelines.plan import Plan
-from pipelines.report import ALL_KILLED, Artifacts, LogInfo, WrittenBack
+from pipelines.report import ALL_KILLED, Artifacts, EngineFailedError, LogInfo, WrittenBack
 
 ARCHIVE_FILES = 2_000
 """From here on the artifacts come as one archive. An export of some 6,500 files and more
@@ -128,15 +130,35 @@ class Exporter:
         unchecked.rename(staging / "artifacts")
         return artifacts
 
-    async def _bring(self, directory: dagger.Directory, target: Path, files: int) -> None:
-        """Bring a directory out: as an archive where it has many files, if that can be."""
-        many = self.archives and files >= ARCHIVE_FILES
-        if not (many and await self._unpacked(directory, target)):
-            await directory.export(str(target))
+    async def _bring(
+        self, directory: dagger.Directory, target: Path, files: int | None = None
+    ) -> None:
+        """Bring a directory out: as an archive where it has many files, if that can be.
+
+        Parameters
+        ----------
+        files
+            How many it has, about; None where nobody has counted.
+        """
+        if self.archives:
+            if files is None:
+                files = len(await directory.glob("**"))
+            if files >= ARCHIVE_FILES and await self._unpacked(directory, target):
+                return
+        await directory.export(str(target))
 
     async def _unpacked(self, directory: dagger.Directory, target: Path) -> bool:
         """Bring a directory as one archive; what cannot be leaves nothing at the target."""
-        packed = await pack(self.client, self.image, directory, helper_image=self.helper_image)
+        if await self._unpacked_by(self.image, directory, target):
+            return True
+        # Most images have a good tar, so nobody may have made the helper image available.
+        with suppress(EngineFailedError):
+            lent = await lend_busybox(self.client, self.image, self.helper_image)
+            return await self._unpacked_by(lent, directory, target)
+        return False
+
+    async def _unpacked_by(self, image: Image, directory: dagger.Directory, target: Path) -> bool:
+        packed = await pack(self.client, image, directory)
         if packed is None:
             return False
         archive = target.with_name("archive")

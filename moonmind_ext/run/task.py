@@ -5,7 +5,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, AsyncExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from math import inf
 from pathlib import Path
@@ -86,6 +86,9 @@ class RunRequest:
         Of `runner.log`; above it, head and tail are kept.
     helper_image
         Lends its busybox to images without a shell.
+    is_clone
+        Whether nobody but git has written to the workspace: then its index is believed,
+        and jobs of one repository share what was sent by what it says.
     """
 
     payload: TaskPayload
@@ -95,6 +98,7 @@ class RunRequest:
     secrets: Mapping[str, str] = field(default_factory=dict)
     log_limit_bytes: int = LOG_LIMIT_BYTES
     helper_image: str = DEFAULT_HELPER_IMAGE
+    is_clone: bool = False
 
 
 async def run_task(
@@ -266,7 +270,7 @@ class _Run:
     async def _send(self) -> dagger.Directory:
         workspace = self.request.workspace
         with self._phase(Phase.WORKSPACE), engine_failures("sending the workspace"):
-            if self.session.bases is None:
+            if self.session.bases is None and self.session.kind == "dagger":
                 await self.standing_read.wait()
             if await anyio.to_thread.run_sync(recover, workspace):
                 self.progress.results.warnings.append(
@@ -284,7 +288,7 @@ class _Run:
                     *workspace.glob(f"{OURS}*"),
                 ],
                 bases=self.session.bases,
-                standing=self.progress.standing,
+                standing=replace(self.progress.standing, is_clone=self.request.is_clone),
             )
             return directory
 

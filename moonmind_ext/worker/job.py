@@ -339,6 +339,7 @@ class JobLife:
             output=directory / "artifacts",
             secrets=secrets,
             helper_image=shop.settings.helper_image,
+            is_clone=True,
         )
         observer = _Observer(self._emit, shop.metrics)
         try:

@@ -76,6 +76,8 @@ class Source:
         Relative paths that do not go along.
     touched
         Relative paths that are likely to be others the next time.
+    is_clone
+        Whether nobody but git has been there, so that its index can be believed.
     filtered, includes, gitignore
         Whether `host_directory` leaves something out, and whether by what is included
         or by `.gitignore` files. What is left out may be unreadable.
@@ -85,6 +87,7 @@ class Source:
     left_out: frozenset[str]
     host_directory: HostDirectory
     touched: Sequence[str]
+    is_clone: bool
     filtered: bool
     includes: bool
     gitignore: bool
@@ -97,11 +100,11 @@ class Source:
         """Read everything; blocking."""
         size = sum(stamp.size for stamp in stamps.values() if stamp.is_file)
         is_much = len(stamps) >= WORTH_FILES or size >= WORTH_BYTES
-        known = vouched(self.root, stamps) if is_much else {}
+        known = vouched(self.root, stamps) if is_much and self.is_clone else {}
         return read(self.root, stamps, known, all_readable=not self.filtered)
 
     def apart(self, stamps: Stamps) -> tuple[str, ...]:
-        """Choose what is to be sent by itself."""
+        """Choose what is to be sent by itself; blocking."""
         if self.includes:
             # A directory is there for what is included of it.
             return ()
@@ -226,13 +229,12 @@ async def send_whole(source: Source, *, digests: bool) -> tuple[Sent, Manifest]:
 
     for attempt in range(1, BASE_ATTEMPTS + 1):
         began, stamps = await anyio.to_thread.run_sync(_look_at_rest, source)
-        apart = () if digests else source.apart(stamps)
+        apart = () if digests else await anyio.to_thread.run_sync(source.apart, stamps)
         directory, manifest = await together(
             source.host_directory(source.root, apart).sync(), read_all()
         )
-        directory, after = await together(
-            _put_apart(directory, apart, source, stamps), anyio.to_thread.run_sync(source.look)
-        )
+        directory = await _put_apart(directory, apart, source, stamps)
+        after = await anyio.to_thread.run_sync(source.look)
         changed = changed_between(stamps, after, began)
         if not changed:
             return Sent(directory, stamps, None), manifest

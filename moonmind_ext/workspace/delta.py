@@ -23,6 +23,15 @@ MAX_REMOVED = 1000
 APART_FILES = 2000
 """Of a workspace. Sending one of less again costs no more than sending it in two parts."""
 
+MAX_APART = 500
+APART_BYTES = 32 << 20
+"""Of files that go by themselves: they are copied and sent each time, changed or not."""
+
+_GIT_FILES = {
+    f".git/{name}" for name in ("index", "HEAD", "ORIG_HEAD", "FETCH_HEAD", "packed-refs")
+}
+_GIT_DIRECTORIES = (".git/refs/", ".git/logs/")
+
 _PLAIN = re.compile(r"[\w./+@ ,=~:;#%&()'$-]+")
 """Names that are patterns of themselves alone: the engine takes what it is to remove as
 patterns, and knows no way to escape one."""
@@ -85,23 +94,33 @@ def set_apart(stamps: Stamps, touched: Iterable[str]) -> tuple[str, ...]:
     stamps
         Of a workspace.
     touched
-        Relative paths that somebody works on. What git itself changes all the time is
-        added.
+        Relative paths that somebody works on; one that ends with a slash stands for
+        what is below it. What git itself changes all the time is added.
 
     Returns
     -------
     tuple
-        Relative paths; none where they would be too much, or the workspace is small.
+        Relative paths, the smallest files first as far as they may go; none where the
+        workspace is small.
     """
     if len(stamps) < APART_FILES:
         return ()
-    git = (path for path in stamps if path.startswith(".git/"))
-    chosen = {path for path in git if not path.startswith(".git/objects/")}
-    chosen.update(path for path in touched if path in stamps)
-    apart = sorted(path for path in chosen if stamps[path].is_file and _is_plain(path))
-    size = sum(stamps[path].size for path in apart)
-    total = sum(stamp.size for stamp in stamps.values() if stamp.is_file)
-    return tuple(apart) if is_small(len(apart), size, files=len(stamps), size_of_all=total) else ()
+    named = set(touched)
+    below = (*(path for path in named if path.endswith("/")), *_GIT_DIRECTORIES)
+    found = [
+        (stamp.size, path)
+        for path, stamp in stamps.items()
+        if (path in named or path in _GIT_FILES or path.startswith(below))
+        and stamp.is_file
+        and _is_plain(path)
+    ]
+    chosen, left = [], APART_BYTES
+    for size, path in sorted(found)[:MAX_APART]:
+        left -= size
+        if left < 0:
+            break
+        chosen.append(path)
+    return tuple(sorted(chosen))
 
 
 def _is_plain(path: str) -> bool:

@@ -34,7 +34,7 @@ _SECOND_NS = 1_000_000_000
 
 ATTRIBUTES = ".gitattributes"
 _SYSTEM_ATTRIBUTES = Path("/etc/gitattributes")
-_CONVERTING = r"^core\.(autocrlf|eol|attributesfile)$"
+_CONVERTING = r"^(core\.(autocrlf|eol|attributesfile)|attr\.tree)$"
 _SOMEWHERE_ELSE = b"link"
 """The extension of an index that is split over two files."""
 
@@ -47,6 +47,9 @@ _HARMLESS = re.compile(
 
 def vouched(root: Path, stamps: Stamps) -> dict[str, bytes]:
     """Give the content of files that are as git has stored them; blocking.
+
+    Whoever writes to a repository's index can make it say what he likes: so this is for
+    clones in which nobody but git has been.
 
     Nothing is believed where the repository converts content on its way to the disk
     (line ends, filters, keywords), or has an index of a kind that clones do not have.
@@ -72,8 +75,8 @@ def vouched(root: Path, stamps: Stamps) -> dict[str, bytes]:
         entries = dict(_entries((git_dir / "index").read_bytes()))
         if _converts(root, git_dir, entries, stamps):
             return {}
-    except (OSError, ValueError, struct.error, subprocess.SubprocessError):
-        # No repository, or one to be read in the ordinary way.
+    except (OSError, ValueError, RuntimeError, struct.error, subprocess.SubprocessError):
+        # No repository, or one to be read in the ordinary way; or a user without a home.
         return {}
     return {
         path: content
@@ -178,7 +181,7 @@ def _is_harmless(attributes: bytes) -> bool:
     # for an attribute, and for none of the harmless ones.
     return all(
         _HARMLESS.fullmatch(word)
-        for line in attributes.splitlines()
+        for line in attributes.split(b"\n")
         if not line.lstrip().startswith(b"#")
         for word in line.split()[1:]
     )

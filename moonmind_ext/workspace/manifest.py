@@ -12,7 +12,7 @@ import time
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from moonmind_ext.workspace.errors import WorkspaceError
 
@@ -23,6 +23,9 @@ BIG_BYTES = 1 << 20
 """From here on hashing takes so long that a thread of its own pays."""
 
 CHUNK_BYTES = 1 << 20
+
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+"""A file of a workspace may have become a link or a pipe since it was looked at."""
 
 TICK_NS = 20_000_000
 """Nanoseconds. The kernel stamps files with a clock that moves in steps of 4 to 10 ms:
@@ -212,7 +215,7 @@ def _read_node(place: str, stamp: Stamp, all_readable: bool) -> Node | None:
 
 def _digest(place: str, size: int) -> bytes:
     # A small file is read in one go.
-    descriptor = os.open(place, os.O_RDONLY | os.O_NOFOLLOW)
+    descriptor = os.open(place, _READ)
     try:
         hashed = hashlib.sha256()
         while chunk := os.read(descriptor, min(size + 1, CHUNK_BYTES)):
@@ -238,13 +241,28 @@ def copy(source: Path, target: Path) -> bytes:
         began = time.time_ns()
         before = Stamp.of(source.lstat())
         hashed = hashlib.sha256()
-        with source.open("rb") as from_, target.open("wb") as to:
+        with _open_file(source) as from_, target.open("wb") as to:
             while chunk := from_.read(CHUNK_BYTES):
                 hashed.update(chunk)
                 to.write(chunk)
         after = Stamp.of(source.lstat())
         if not changed_between({"": before}, {"": after}, began):
             target.chmod(stat.S_IMODE(after.mode))
+            os.utime(target, ns=(after.mtime_ns, after.mtime_ns))
             return hashed.digest()
         time.sleep(TICK_NS / 1e9)
     raise WorkspaceError(f"{source}: changes while it is read")
+
+
+def _open_file(source: Path) -> BinaryIO:
+    """Open a file, and nothing that has taken its place: no link, no pipe to wait for."""
+    try:
+        descriptor = os.open(source, _READ)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise FileNotFoundError(errno.ENOENT, "is a link now", str(source)) from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FileNotFoundError(errno.ENOENT, "is no file any more", str(source))
+    return os.fdopen(descriptor, "rb")

@@ -96,6 +96,7 @@ async def send_workspace(
         left_out=frozenset(left_out),
         host_directory=host_directory,
         touched=standing.touched,
+        is_clone=standing.is_clone,
         filtered=filtered,
         includes=bool(chosen.include),
         gitignore=chosen.gitignore,

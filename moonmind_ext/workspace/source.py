@@ -17,7 +17,7 @@ from pipelines.report import Source
 
 _STATUS = (
     *("status", "--porcelain", "-z"),
-    *("--ignore-submodules=all", "--untracked-files=all", "--no-renames"),
+    *("--ignore-submodules=all", "--no-renames"),
 )
 _LETTERS = len("XY ")
 """That a line of the status begins with."""
@@ -31,11 +31,15 @@ class Standing:
     ----------
     touched
         Relative paths that are not as they were committed, nor ignored: what somebody
-        works on.
+        works on. A directory of which nothing was committed ends with a slash.
+    is_clone
+        Whether nobody but git has written to it, its `.git` included. For others git
+        does not say so.
     """
 
     source: Source
     touched: tuple[str, ...] = ()
+    is_clone: bool = False
 
 
 NOWHERE = Standing(Source(repository=""))

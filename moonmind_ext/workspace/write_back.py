@@ -58,7 +58,7 @@ class Changed:
     list_sent
         Lists `before` once more, out of the command's reach, for where a filter chose.
     bring
-        Exports a directory of about so many files to where nothing is.
+        Exports a directory to where nothing is.
     """
 
     before: "dagger.Directory"
@@ -67,7 +67,7 @@ class Changed:
     stamps: Stamps
     is_whole: bool
     list_sent: "Callable[[], Awaitable[dagger.Directory]]"
-    bring: "Callable[[dagger.Directory, Path, int], Awaitable[None]]"
+    bring: "Callable[[dagger.Directory, Path], Awaitable[None]]"
 
 
 async def write_back(changed: Changed, workspace: Path) -> tuple[WrittenBack, bool]:
@@ -96,9 +96,9 @@ async def write_back(changed: Changed, workspace: Path) -> tuple[WrittenBack, bo
     try:
         layer = changed.before.diff(changed.after)
         names, marks = staging.folder / "names", staging.folder / "git"
-        git, paths = await together(layer.glob("**/.git"), layer.glob("**"))
-        await together(
-            changed.bring(layer.filter(exclude=["**/.git"]), staging.changes, len(paths)),
+        git, *_ = await together(
+            layer.glob("**/.git"),
+            changed.bring(layer.filter(exclude=["**/.git"]), staging.changes),
             layer.filter(include=list(COMMITS)).export(os.fspath(marks)),
             changed.names.export(os.fspath(names)),
         )

@@ -103,7 +103,7 @@ class Desk:
         """Send a workspace, and see what arrived."""
         bases = None if whole else self.bases
         client = self.session.client
-        standing = Standing(Source(repository="acme/w"), touched)
+        standing = Standing(Source(repository="acme/w"), touched, is_clone=True)
         directory, size = await send_workspace(client, root, chosen, bases=bases, standing=standing)
         with TemporaryDirectory(dir=self.folder) as out:
             await directory.export(f"{out}/tree")

@@ -583,3 +583,19 @@ async def test_docker_gets_the_given_environment(place: Place) -> None:
 
     assert said.read_text() == "tcp://elsewhere:2375\n"
     assert os.environ.get("DOCKER_HOST") != "tcp://elsewhere:2375"
+
+
+async def test_no_proxy_hears_of_a_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        proxy.settimeout(0.1)
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        for name in ("NO_PROXY", "no_proxy"):
+            monkeypatch.delenv(name, raising=False)
+
+        async with open_session(EngineChoice.EMBEDDED, environment=os.environ) as session:
+            await session.check()
+
+        # Its requests carry the session's token.
+        with pytest.raises(TimeoutError):
+            proxy.accept()

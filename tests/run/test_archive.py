@@ -310,7 +310,8 @@ def test_a_flipped_byte_never_leads_outside(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     folder = tmp_path_factory.mktemp("flipped")
-    whole = bytearray(FOLDER + member("./d/l", tarfile.SYMTYPE, target="..") + FILE + END)
+    outside = member("./d/l", tarfile.SYMTYPE, target="../..") + member("./d/k/outside")
+    whole = bytearray(FOLDER + outside + FILE + END)
     at = data.draw(st.integers(0, len(whole) - 1))
     whole[at] = data.draw(st.integers(0, 255))
     (folder / "tar").write_bytes(whole)

@@ -1,7 +1,7 @@
 import stat
 from collections.abc import Iterable
 
-from moonmind_ext.workspace.delta import APART_FILES, FREE_FILES, set_apart
+from moonmind_ext.workspace.delta import APART_BYTES, APART_FILES, MAX_APART, set_apart
 from moonmind_ext.workspace.manifest import Stamp, Stamps
 
 
@@ -23,22 +23,33 @@ def test_files_that_somebody_works_on_go_by_themselves() -> None:
     assert set_apart(workspace, ["src/a", "b", "gone", "src"]) == ("b", "src/a")
 
 
-def test_what_git_changes_all_the_time_goes_with_them() -> None:
-    paths = [".git/index", ".git/logs/HEAD", ".git/objects/pack/a.pack", ".git/objects/01/23"]
+def test_a_directory_that_is_new_stands_for_what_is_in_it() -> None:
+    workspace = stamps(["new/a", "new/b/c", "newer"], directories=["new", "new/b"])
 
-    assert set_apart(stamps(paths), []) == (".git/index", ".git/logs/HEAD")
+    assert set_apart(workspace, ["new/"]) == ("new/a", "new/b/c")
+
+
+def test_what_git_changes_all_the_time_goes_with_them() -> None:
+    changing = [".git/HEAD", ".git/index", ".git/logs/HEAD", ".git/refs/heads/main"]
+    large = [".git/objects/01/23", ".git/lfs/objects/4", ".git/modules/sub/objects/5"]
+
+    assert set_apart(stamps([*changing, *large]), []) == tuple(changing)
 
 
 def test_a_small_workspace_goes_in_one_piece() -> None:
     assert set_apart({"a": Stamp(stat.S_IFREG, 1, 1, 1, 1)}, ["a"]) == ()
 
 
-def test_too_much_to_go_by_itself_goes_with_the_rest() -> None:
+def test_no_more_goes_by_itself_than_is_soon_copied() -> None:
+    sizes = {"huge": 100 * APART_BYTES, "large": APART_BYTES - 10, "small": 5, "smaller": 4}
+    workspace = {
+        **stamps(),
+        **{path: Stamp(stat.S_IFREG, size, 1, 1, 1) for path, size in sizes.items()},
+    }
     many = [f"new{number}" for number in range(APART_FILES)]
-    workspace = stamps(many)
 
-    assert set_apart(workspace, many[:FREE_FILES]) == tuple(sorted(many[:FREE_FILES]))
-    assert set_apart(workspace, many) == ()
+    assert set_apart(workspace, sizes) == ("large", "small", "smaller")
+    assert len(set_apart(stamps(many), many)) == MAX_APART
 
 
 def test_a_name_that_is_a_pattern_goes_with_the_rest() -> None:

@@ -139,14 +139,20 @@ def test_a_file_may_have_changed_in_the_moment_in_which_the_index_was_written(
     [
         *("* text", "* text=auto", "*.x eol=crlf", "* crlf", "*.bin filter=lfs -text", "* ident"),
         *("* working-tree-encoding=UTF-16", "[attr]mine eol=crlf", '"with blank" diff eol=lf'),
-        *("* !text", "\t* unknown", "*.x diff=x\r\n*.y text"),
+        *(
+            "* !text",
+            "\t* unknown",
+            "*.x diff=x\r\n*.y text",
+            "*\rtext\reol=crlf",
+            "*.c\r eol=crlf",
+        ),
     ],
 )
 @pytest.mark.parametrize("place", [".gitattributes", "src/.gitattributes", ".git/info/attributes"])
 def test_where_git_may_convert_nothing_is_believed(tmp_path: Path, line: str, place: str) -> None:
     folder = commit(tmp_path, FILES)
     (folder / place).parent.mkdir(exist_ok=True)
-    (folder / place).write_text(f"# why\n\n{line}\n")
+    (folder / place).write_bytes(f"# why\n\n{line}\n".encode())
 
     assert believed(folder) == set()
 
@@ -196,6 +202,17 @@ def test_the_users_attributes_count(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert believed(folder) == set(FILES)
 
     (tmp_path / "home" / "git" / "attributes").write_text("* text\n")
+
+    assert believed(folder) == set()
+
+
+def test_a_user_without_a_home_reads_everything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = commit(tmp_path, FILES)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 3_999_999_999)
 
     assert believed(folder) == set()
 

@@ -550,7 +550,7 @@ async def test_nothing_is_left_in_the_workspace_when_the_engine_fails(workspace:
             (Path(path) / "odd").chmod(0)
             raise RuntimeError("gone")
 
-    async def export(directory: Any, target: Path, files: int) -> None:
+    async def export(directory: Any, target: Path) -> None:
         await directory.export(str(target))
 
     failing: Any = Failing()
