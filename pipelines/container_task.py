@@ -51,6 +51,7 @@ _CLOCK = "/.moonmind-clock"
 _BUSYBOX = f"{_HOME}/busybox"
 _OWN_SHELL = ("/bin/sh",)
 _LENT_SHELL = (_BUSYBOX, "sh")
+_RESULT_KEYS = {"exit", "ended", "epoch", "boot", "began", "finished", "hostile", "files"}
 
 # What registries and the engine say of an image that is not there, or not for us.
 # Everything else on the way to an image (DNS, time-outs, 5xx) may pass.
@@ -90,6 +91,11 @@ class Image:
     user: str
     entrypoint: tuple[str, ...]
     shell: tuple[str, ...]
+
+    @property
+    def busybox(self) -> str:
+        """Where a lent busybox is, to be put before a tool; empty where the image has tools."""
+        return _BUSYBOX if self.shell == _LENT_SHELL else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,12 +300,10 @@ async def log_excerpt(
         With the files `head` and `tail`.
     """
     script = 'f=$1 h=$2 t=$3; cd "$0" && $4 head -c "$h" "$f" >head && $4 tail -c "$t" "$f" >tail'
-    applet = _BUSYBOX if image.shell == _LENT_SHELL else ""
-    arguments = [_OUT, f"{_HOME}/log", str(head), str(tail), applet]
+    arguments = [_OUT, f"{_HOME}/log", str(head), str(tail), image.busybox]
     with engine_failures("cutting the log"):
         return await (
-            image.container.with_user("root")
-            .with_mounted_directory(_OUT, client.directory())
+            _fresh(client, image)
             .with_mounted_file(f"{_HOME}/log", log)
             .with_exec([*image.shell, "-c", script, *arguments])
             .directory(_OUT)
@@ -322,12 +326,10 @@ async def list_names(
         '{ cd "$1" && $2 find . -name .git -print0 -prune -o -type d -print0 -print0 -o -print0; '
         'printf \'//%s\\0\' "$?"; } >"$0"'
     )
-    applet = _BUSYBOX if image.shell == _LENT_SHELL else ""
-    arguments = [f"{_OUT}/names", _PLACE, applet]
+    arguments = [f"{_OUT}/names", _PLACE, image.busybox]
     with engine_failures("listing the workspace"):
         return await (
-            image.container.with_user("root")
-            .with_mounted_directory(_OUT, client.directory())
+            _fresh(client, image)
             .with_mounted_directory(_PLACE, directory)
             .with_exec([*image.shell, "-c", script, *arguments])
             .directory(_OUT)
@@ -347,13 +349,11 @@ async def pack(
     """
     # A tar that has something to say may have left something out.
     script = 'cd "$1" && TAR_OPTIONS= $2 tar -cf - . >"$0/tar" 2>"$0/said" && ! [ -s "$0/said" ]'
-    applet = _BUSYBOX if image.shell == _LENT_SHELL else ""
-    arguments = [_OUT, _PLACE, applet]
+    arguments = [_OUT, _PLACE, image.busybox]
     with engine_failures("packing what the command left"):
         try:
             return await (
-                image.container.with_user("root")
-                .with_mounted_directory(_OUT, client.directory())
+                _fresh(client, image)
                 .with_mounted_directory(_PLACE, directory)
                 .with_exec([*image.shell, "-c", script, *arguments])
                 .file(f"{_OUT}/tar")
@@ -361,6 +361,11 @@ async def pack(
             )
         except dagger.ExecError:
             return None
+
+
+def _fresh(client: dagger.Client, image: Image) -> dagger.Container:
+    """Give a container in which no command has been, with a place for what it finds."""
+    return image.container.with_user("root").with_mounted_directory(_OUT, client.directory())
 
 
 def secret_of(client: dagger.Client, plan: Plan, name: str, value: str) -> dagger.Secret:
@@ -499,10 +504,7 @@ def _write_clock(container: dagger.Container, image: Image, path: str) -> dagger
 def _parse_result(text: str) -> dict[str, Any]:
     """Read what the supervisor wrote."""
     result = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
-    if (
-        not {"exit", "ended", "epoch", "boot", "began", "finished", "hostile", "files"}
-        <= result.keys()
-    ):
+    if not result.keys() >= _RESULT_KEYS:
         raise EngineFailedError("the supervisor left no result; is the engine's disk full?")
     return result
 

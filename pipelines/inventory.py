@@ -59,14 +59,13 @@ async def list_entries(
         When the engine fails.
     """
     script = resources.files("pipelines").joinpath("listing.sh").read_text("utf-8")
-    busybox = image.shell[0] if len(image.shell) > 1 else ""
     with engine_failures("listing what the command left"):
         out = (
             image.container.with_user("root")
             .with_mounted_directory(_PLACE, directory)
             .with_mounted_directory(_OUT, client.directory())
             .with_mounted_file(_SCRIPT, client.file("listing.sh", script))
-            .with_exec([*image.shell, _SCRIPT, _PLACE, _OUT, busybox])
+            .with_exec([*image.shell, _SCRIPT, _PLACE, _OUT, image.busybox])
             .directory(_OUT)
         )
         names = ("names", "stats", "links", "digests")

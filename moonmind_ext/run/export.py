@@ -151,6 +151,9 @@ class Exporter:
         """Bring a directory as one archive; what cannot be leaves nothing at the target."""
         if await self._unpacked_by(self.image, directory, target):
             return True
+        if self.image.busybox:
+            # That was the helper image's.
+            return False
         # Most images have a good tar, so nobody may have made the helper image available.
         with suppress(EngineFailedError):
             lent = await lend_busybox(self.client, self.image, self.helper_image)

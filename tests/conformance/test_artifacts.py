@@ -18,6 +18,7 @@ from pipelines.plan import plan_task
 from pipelines.report import Artifacts, Outcome
 from tests.conformance.support import Task, sh
 from tests.engines import Engine
+from tests.snapshot import Snapshot, snapshot
 
 MANY = f"""
     cd "$ARTIFACT_DIR"; mkdir many; i=0
@@ -41,9 +42,6 @@ line/back\slash"
 """
 
 
-Snapshot = dict[bytes, tuple[int, int, int, bytes]]
-
-
 class Brought:
     """What was brought out of one execution, one way or the other."""
 
@@ -60,21 +58,11 @@ class Brought:
 
     @property
     def tree(self) -> Snapshot:
-        found: Snapshot = {}
-        for folder, directories, files in os.walk(os.fsencode(self.root)):
-            for name in (*directories, *files):
-                path = os.path.join(folder, name)
-                status = os.lstat(path)
-                content = os.readlink(path) if stat.S_ISLNK(status.st_mode) else b""
-                if stat.S_ISREG(status.st_mode):
-                    content = Path(os.fsdecode(path)).read_bytes()
-                found[os.path.relpath(path, os.fsencode(self.root))] = (
-                    status.st_mode,
-                    int(status.st_mtime) if stat.S_ISREG(status.st_mode) else 0,
-                    status.st_nlink,
-                    content,
-                )
-        return found
+        # Of times, those of files count.
+        return {
+            path: (mode, time if stat.S_ISREG(mode) else 0, links, content)
+            for path, (mode, time, links, content) in snapshot(self.root).items()
+        }
 
 
 async def bring_both_ways(
